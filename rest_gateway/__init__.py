@@ -1,0 +1,1 @@
+"""The REST front of the inference router."""

@@ -1,0 +1,1 @@
+"""The inference router: batches the rows of all callers per key and streams the matrices to model servers."""

@@ -1,0 +1,1 @@
+"""Decisions of the router, pure: no loop, clock, network, chance, logs or settings."""

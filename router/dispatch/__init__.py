@@ -1,0 +1,1 @@
+"""Where batches go: pools of replicas, and the streams to each replica."""

@@ -1,0 +1,1 @@
+"""The gRPC edge of the router: protobuf and status codes end here."""
