@@ -1,0 +1,244 @@
+"""Batcher: one key's queue on the loop.
+
+It pushes arriving blocks into the pure queue, asks for a slot while rows wait, forms a batch when a slot is at hand and
+the policy agrees, and hands every part of the answer to its caller. All pushes of one turn of the loop are looked at
+once, so a message with a hundred blocks makes one decision. One timer serves deadlines, holds and rows in flight.
+
+It knows nothing of protobuf, gRPC, other keys or how a replica is chosen.
+"""
+
+import asyncio
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from router.core.batch import split
+from router.core.policy import Hold, Policy, View
+from router.core.queue import KeyQueue
+from router.core.retry import judge
+from router.core.types import Batch, BatchAnswer, BatchKey, Block, Part
+from router.dispatch.pool import ModelSlots, ReplicaPool, Slot
+from router.errors import BackendError, InternalError, ResourceExhausted, RouterError
+from router.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+# What a refused caller is told to wait while the key has no measured batch.
+DEFAULT_RETRY_AFTER_S = 1.0
+
+
+class Batcher:
+    """One key's queue, its timer and its batches in flight."""
+
+    def __init__(
+        self,
+        key: BatchKey,
+        *,
+        queue: KeyQueue,
+        policy: Policy,
+        pool: ReplicaPool,
+        backend: str,
+        retries: int,
+        next_batch_id: Callable[[], str],
+        metrics: Metrics,
+    ) -> None:
+        self._key = key
+        self._policy = policy
+        self._pool = pool
+        self._retries = retries
+        self._next_batch_id = next_batch_id
+        self._accepted_rows = metrics.rows
+        self._batch_rows = metrics.batch_rows.labels(backend)
+        self._batch_seconds = metrics.batch_seconds.labels(backend)
+        self._requeued_rows = metrics.requeued_rows.labels(backend)
+        self._batches = functools.partial(metrics.batches.labels, backend)
+        self._loop = asyncio.get_running_loop()
+        self._slots: ModelSlots = pool.slots(key.model)
+        # State: what waits; why it waits although a slot was at hand; what is in flight, with its tasks; the timer and
+        # when it rings; whether `_pump` is about to run; when the last row came or went.
+        self._queue = queue
+        self._hold: Hold | None = None
+        self._in_flight: dict[Batch, asyncio.Task[None]] = {}
+        self._blocks_in_flight = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
+        self._is_pump_due = False
+        self._last_used = self._loop.time()
+
+    def __repr__(self) -> str:
+        return f"<Batcher {self._key.model_name!r} {self._queue!r}, {len(self._in_flight)} batches in flight>"
+
+    def infer(self, block: Block) -> None:
+        """Queue a block; its recipient hears of every row. Raises RouterError when it is refused."""
+        try:
+            self._queue.push(block)
+        except ResourceExhausted as error:
+            error.retry_after_s = self._policy.service_s or DEFAULT_RETRY_AFTER_S
+            raise
+        self._policy.arrived(block.arrived_at)
+        self._accepted_rows.inc(block.rows)
+        self._pump_soon()
+
+    def discard(self, block: Block) -> None:
+        """Forget what waits of a block; rows in flight go on for their neighbours."""
+        if self._queue.discard(block) and not self._queue.rows:
+            self._slots.withdraw(self)
+
+    def is_idle_since(self, then: float) -> bool:
+        """Whether no row waited or flew since `then`."""
+        return not self._queue.rows and not self._in_flight and self._last_used < then
+
+    async def aclose(self) -> None:
+        """End what is in flight, without answers."""
+        self._slots.withdraw(self)
+        if self._timer:
+            self._timer.cancel()
+        tasks = list(self._in_flight.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- waiting -----------------------------------------------------------------------------------------------------
+
+    def _pump_soon(self) -> None:
+        if not self._is_pump_due:
+            self._is_pump_due = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Expire what is late, want a slot while rows wait, and set the alarm."""
+        self._is_pump_due = False
+        self._last_used = now = self._loop.time()
+        self._expire(now)
+        if self._queue.rows:
+            self._slots.request(self)
+        self._set_alarm()
+
+    def _expire(self, now: float) -> None:
+        """A call has one deadline, so the first of its rows that is found late ends all of it, here and elsewhere."""
+        for block in self._queue.pop_expired(now):
+            block.recipient.expire()
+
+    def _set_alarm(self) -> None:
+        """Ring at the next deadline or at the end of the hold; an alarm that is early enough already stays."""
+        at = min(self._queue.wake_at, self._hold.until if self._hold else math.inf)
+        if at < self._timer_at:
+            if self._timer:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(at, self._ring)
+            self._timer_at = at
+
+    def _ring(self) -> None:
+        self._timer = None
+        self._timer_at = math.inf
+        self._pump()
+
+    # -- the slots' side ---------------------------------------------------------------------------------------------
+
+    @property
+    def wants_slot(self) -> bool:
+        """See pool.Taker."""
+        return self._queue.rows > 0 and self._hold is None
+
+    def take(self, slots: ModelSlots, now: float) -> Batch | None:
+        """See pool.Taker. Late rows are answered first, so none is dispatched."""
+        self._expire(now)
+        self._hold = None
+        if not self._queue.rows:
+            return None
+        self._hold = self._policy.hold(self._view(slots), now)
+        if self._hold:
+            self._keep(self._hold, slots)
+            return None
+        parts = self._queue.pop_batch()
+        return Batch(self._next_batch_id(), self._key, parts, sum(part.rows for part in parts), now)
+
+    def _keep(self, hold: Hold, slots: ModelSlots) -> None:
+        self._set_alarm()
+        if hold.lapses_with_slots:
+            slots.hold(self)
+
+    def _view(self, slots: ModelSlots) -> View:
+        return View(
+            blocks=self._queue.blocks,
+            oldest_at=self._queue.oldest_at,
+            is_full=self._queue.is_full,
+            blocks_in_flight=self._blocks_in_flight,
+            busy_slots=slots.busy,
+        )
+
+    def dispatch(self, batch: Batch, slot: Slot) -> None:
+        """See pool.Taker."""
+        self._batch_rows.observe(batch.rows)
+        self._blocks_in_flight += len(batch.parts)
+        self._in_flight[batch] = self._loop.create_task(self._infer(batch, slot), name=f"batch {batch.id}")
+
+    # -- in flight ---------------------------------------------------------------------------------------------------
+
+    async def _infer(self, batch: Batch, slot: Slot) -> None:
+        alarm = _DeadlineAlarm(batch.parts, self._loop)
+        try:
+            answer = await self._pool.infer(batch, slot)
+        except BackendError as error:
+            self._failed(batch, error)
+        except Exception:
+            logger.exception("batch %s failed inside the router; this is a bug", batch.id)
+            _fail(batch.parts, InternalError())
+        else:
+            self._answered(batch, answer)
+        finally:
+            alarm.cancel()
+            del self._in_flight[batch]
+            self._blocks_in_flight -= len(batch.parts)
+            self._pump_soon()
+
+    def _answered(self, batch: Batch, answer: BatchAnswer) -> None:
+        service_s = answer.answered_at - answer.dispatched_at
+        self._policy.completed(service_s)
+        self._batches("answered").inc()
+        self._batch_seconds.observe(service_s)
+        for part, offset in split(batch):
+            if not part.block.recipient.is_closed:
+                part.block.recipient.answer(part, answer, offset)
+
+    def _failed(self, batch: Batch, error: BackendError) -> None:
+        verdict = judge(batch.parts, error, self._retries)
+        rows_again = sum(part.rows for part in verdict.again)
+        logger.warning("batch %s of %d rows: %s; %d rows try again", batch.id, batch.rows, error.message, rows_again)
+        self._batches(type(error).__name__).inc()
+        self._requeued_rows.inc(rows_again)
+        self._queue.requeue(verdict.again)
+        _fail(verdict.failed, error.for_caller())
+
+
+def _fail(parts: Iterable[Part], error: RouterError) -> None:
+    for part in parts:
+        if not part.block.recipient.is_closed:
+            part.block.recipient.fail(part, error)
+
+
+class _DeadlineAlarm:
+    """Ends the calls whose deadline passes while their rows are in flight; the batch goes on for its other rows."""
+
+    def __init__(self, parts: Sequence[Part], loop: asyncio.AbstractEventLoop) -> None:
+        self._parts = parts
+        self._loop = loop
+        self._timer: asyncio.TimerHandle | None = None
+        self._set()
+
+    def cancel(self) -> None:
+        """Ring no more."""
+        if self._timer:
+            self._timer.cancel()
+
+    def _set(self) -> None:
+        deadlines = [part.block.deadline for part in self._parts if not part.block.recipient.is_closed]
+        self._timer = self._loop.call_at(min(deadlines), self._ring) if deadlines else None
+
+    def _ring(self) -> None:
+        now = self._loop.time()
+        for part in self._parts:
+            if part.block.deadline <= now and not part.block.recipient.is_closed:
+                part.block.recipient.expire()
+        self._set()

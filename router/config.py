@@ -1,0 +1,190 @@
+"""The router's settings: one YAML file, environment variables on top, validated with messages that name the field.
+
+`ROUTER_LISTEN=0.0.0.0:50051` and `ROUTER_BACKENDS__MOCK__ADDRESSES='["mock_nn:50061"]'` override single fields; two
+underscores go one level down, lists and maps are JSON. Units stand in the names.
+"""
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+DEFAULT_FILE = Path("router.yaml")
+
+# What runs without a file: one local backend for every model.
+BUILT_IN: dict[str, Any] = {
+    "backends": {"mock": {"addresses": ["127.0.0.1:50061"]}},
+    "models": [{"match": {"model_name": "*", "agent_type": "*"}, "backend": "mock"}],
+}
+
+
+class ConfigError(Exception):
+    """The settings cannot be used; the message names every field at fault."""
+
+
+def _check_address(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    if not host or not re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+", host):
+        raise ValueError(f"{address!r} is not HOST:PORT")
+    if not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{address!r} has no port from 0 to 65535")
+    return address
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the settings; unknown fields are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BackendSettings(Section):
+    """A pool of replicas. `max_in_flight`: batches at a time per replica and model; 0: no limit."""
+
+    addresses: list[Address] = Field(min_length=1)
+    protocol: Literal["stream"] = "stream"
+    max_in_flight: int = Field(4, ge=0)
+
+
+class MatchSettings(Section):
+    """Shell-style patterns, `*` and `?`, case-sensitive."""
+
+    model_name: str = "*"
+    agent_type: str = "*"
+
+
+class ModelSettings(Section):
+    """How the rows of the models that match are batched, sent and read."""
+
+    match: MatchSettings = MatchSettings()
+    backend: str
+    max_batch_size: Count = 64
+    max_batch_bytes: Count = 8 * 1024 * 1024
+    max_queue_delay_s: Seconds = 0.002
+    # Further attempts of a row whose batch was lost or refused for lack of room; 0 for models with side effects.
+    retries: int = Field(2, ge=0, le=10)
+    # The input tensor that native rows arrive in, and the output they are read from (null: `output`, else the first).
+    vector_input: str = Field("vector", min_length=1)
+    vector_output: str | None = None
+    send_agent_type: bool = True
+
+    def matches(self, model_name: str, agent_type: str) -> bool:
+        """Whether rows of this model and agent type fall under these settings."""
+        return fnmatch.fnmatchcase(model_name, self.match.model_name) and fnmatch.fnmatchcase(
+            agent_type, self.match.agent_type
+        )
+
+
+class LimitSettings(Section):
+    """What one caller may ask for and what may wait; past each limit stands a clear error."""
+
+    max_agents: Count = 1024
+    max_vector_length: Count = 65_536
+    max_name_length: Count = 256
+    max_message_bytes: Count = 16 * 1024 * 1024
+    max_backend_message_bytes: Count = 64 * 1024 * 1024
+    max_open_calls: Count = 16_384
+    max_queued_rows: Count = 65_536
+    max_queued_bytes: Count = 256 * 1024 * 1024
+    max_keys: Count = 10_000
+    key_idle_s: PositiveSeconds = 600
+
+
+class Settings(BaseSettings):
+    """Everything the router can be told."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="ROUTER_", env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=True
+    )
+
+    listen: Address = "127.0.0.1:50051"
+    # Where Prometheus scrapes; null turns it off.
+    metrics: Address | None = "127.0.0.1:9091"
+    backends: dict[str, BackendSettings] = Field(min_length=1)
+    models: list[ModelSettings] = Field(min_length=1)
+    default_timeout_s: PositiveSeconds = 60
+    max_timeout_s: PositiveSeconds = 600
+    batch_timeout_s: PositiveSeconds = 60
+    drain_delay_s: Seconds = 3
+    drain_timeout_s: Seconds = 30
+    limits: LimitSettings = LimitSettings()
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    # Which requests get a line of their own.
+    log_requests: Literal["off", "errors", "all"] = "errors"
+
+    @model_validator(mode="after")
+    def _check_backends(self) -> Self:
+        for number, model in enumerate(self.models):
+            if model.backend not in self.backends:
+                known = ", ".join(sorted(self.backends))
+                raise ValueError(f"models.{number}.backend: no backend {model.backend!r}, there are: {known}")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 (the hook's signature)
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment wins over what the file (passed as arguments) says."""
+        built_in = InitSettingsSource(settings_cls, init_kwargs=BUILT_IN)
+        says_nothing = isinstance(init_settings, InitSettingsSource) and not init_settings.init_kwargs
+        return (env_settings, init_settings, built_in) if says_nothing else (env_settings, init_settings)
+
+    def route(self, model_name: str, agent_type: str) -> ModelSettings | None:
+        """The settings of a model's rows; the first match wins. None: the model is not served."""
+        return next((model for model in self.models if model.matches(model_name, agent_type)), None)
+
+    def to_yaml(self) -> str:
+        """The effective settings as a file that would give the same."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(path: Path | None = None) -> Settings:
+    """Read the file (None: ./router.yaml if it is there, else the built-in defaults) and the environment.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or a field is wrong.
+    """
+    if path is None and DEFAULT_FILE.exists():
+        path = DEFAULT_FILE
+    try:
+        return Settings(**_read(path))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(one) for one in error.errors(include_url=False))) from error
+    except ValueError as error:  # pydantic-settings wraps JSON that cannot be parsed
+        raise ConfigError(str(error)) from error
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a map of settings, found {type(content).__name__}")
+    return {str(name): value for name, value in content.items()}
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    where = ".".join(str(step) for step in error["loc"])
+    text = str(error["msg"]).removeprefix("Value error, ")
+    return f"{where}: {text}" if where else text

@@ -1,0 +1,85 @@
+"""Partition, merge, split: from rows of a request to blocks, from blocks to a matrix, from outputs to blocks.
+
+Everything is bytes: merge is a join, split is a slice. An answer is checked as a whole before any row of it is handed
+out, so a backend that answers a row too few can never shift the others.
+"""
+
+import math
+from collections.abc import Hashable, Iterable, Iterator
+from typing import TypeVar
+
+from router.core.types import ITEM_SIZE, Batch, Outputs, Part, Tensor
+from router.errors import Malformed
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+def partition(rows: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
+    """Split a request's rows by key; keys and rows keep the order in which they came."""
+    groups: dict[K, list[V]] = {}
+    for key, row in rows:
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def merge(batch: Batch) -> tuple[bytes, ...]:
+    """The batch's matrix per input tensor: raw bytes of shape (batch.rows, *row_shape)."""
+    return tuple(_merge_input(batch.parts, number) for number in range(len(batch.key.inputs)))
+
+
+def _merge_input(parts: tuple[Part, ...], number: int) -> bytes:
+    if len(parts) == 1 and parts[0].rows == parts[0].block.rows:
+        return parts[0].block.inputs[number]
+    return b"".join([_rows_of(part, number) for part in parts])
+
+
+def _rows_of(part: Part, number: int) -> bytes | memoryview:
+    data = part.block.inputs[number]
+    if part.rows == part.block.rows:
+        return data
+    width = len(data) // part.block.rows
+    return memoryview(data)[part.first * width : (part.first + part.rows) * width]
+
+
+def split(batch: Batch) -> Iterator[tuple[Part, int]]:
+    """Each part of the batch and the row of the batch at which it begins."""
+    offset = 0
+    for part in batch.parts:
+        yield part, offset
+        offset += part.rows
+
+
+def check(outputs: Outputs, rows: int) -> None:
+    """Refuse outputs that do not hold exactly `rows` rows each.
+
+    Raises:
+        Malformed: no output, a leading dimension other than `rows`, or bytes that do not fit shape and datatype.
+    """
+    if not outputs:
+        raise Malformed("the backend answered without any output")
+    for tensor in outputs:
+        _check_tensor(tensor, rows)
+
+
+def _check_tensor(tensor: Tensor, rows: int) -> None:
+    if not tensor.shape or tensor.shape[0] != rows:
+        raise Malformed(f"output {tensor.name!r} has shape {list(tensor.shape)} for a batch of {rows} rows")
+    if tensor.datatype == "BYTES":
+        _check_elements(tensor)
+        return
+    if tensor.datatype not in ITEM_SIZE or min(tensor.shape) < 0:
+        raise Malformed(f"output {tensor.name!r} has datatype {tensor.datatype!r}, shape {list(tensor.shape)}")
+    if len(tensor.data) != math.prod(tensor.shape) * ITEM_SIZE[tensor.datatype]:
+        expected = f"{tensor.datatype}{list(tensor.shape)}"
+        raise Malformed(f"output {tensor.name!r} has {len(tensor.data)} bytes, which is not {expected}")
+
+
+def _check_elements(tensor: Tensor) -> None:
+    """A BYTES tensor is a sequence of 4-byte little-endian lengths, each followed by that many bytes."""
+    position = elements = 0
+    while position < len(tensor.data):
+        position += 4 + int.from_bytes(tensor.data[position : position + 4], "little")
+        elements += 1
+    if position != len(tensor.data) or elements != math.prod(tensor.shape):
+        raise Malformed(f"output {tensor.name!r} does not hold the BYTES elements of shape {list(tensor.shape)}")

@@ -1,0 +1,165 @@
+"""The waiting rows of one key: first in, first out, with deadlines and bounds.
+
+Theory of operation. Blocks wait in the order of arrival, each as the list of its parts that are still here (one, the
+whole block, until a batch boundary cuts it or a lost batch brings rows back). Requeued rows return to the head, since
+they are older than everything behind them. Deadlines stand in a heap beside the line; entries of blocks that have left
+stay in it until they surface or outnumber the living. Whoever is taken, discarded or expired is gone from the counts
+at once.
+
+The caller passes `now` (monotonic seconds) and asks `wake_at` for the next alarm; this module never looks at a clock.
+"""
+
+import heapq
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from router.core.types import Block, Part
+from router.errors import InvalidArgument, ResourceExhausted
+
+# The heap is rebuilt when it holds this many entries more than twice the waiting blocks.
+STALE_ENTRIES = 64
+
+
+class Budget:
+    """Bytes that all queues of a process may hold together, and the rows that they hold."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.used_bytes = 0
+        self.rows = 0
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether `nbytes` more fit."""
+        return self.used_bytes + nbytes <= self.max_bytes
+
+
+class KeyQueue:
+    """The queue of one key.
+
+    max_batch_rows: rows of the largest batch. max_rows: rows that may wait here; requeued ones may exceed it, since
+    what was accepted is never refused later.
+    """
+
+    def __init__(self, *, max_batch_rows: int, max_rows: int, budget: Budget) -> None:
+        self._max_batch_rows = max_batch_rows
+        self._max_rows = max_rows
+        self._budget = budget
+        # Blocks by arrival, each with its waiting parts by row; never an empty list.
+        self._waiting: OrderedDict[Block, list[Part]] = OrderedDict()
+        # (deadline, tie-breaker, block), possibly of blocks that have left.
+        self._deadlines: list[tuple[float, int, Block]] = []
+        self._ties = itertools.count()
+        self.rows = 0
+
+    def __repr__(self) -> str:
+        return f"<KeyQueue {self.rows} rows in {self.blocks} blocks>"
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that have rows waiting here."""
+        return len(self._waiting)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a whole batch waits."""
+        return self.rows >= self._max_batch_rows
+
+    @property
+    def oldest_at(self) -> float:
+        """When the row at the head arrived; only while rows wait."""
+        return next(iter(self._waiting)).arrived_at
+
+    def push(self, block: Block) -> None:
+        """Append a block.
+
+        Raises:
+            InvalidArgument: it could not wait here even if the queue were empty.
+            ResourceExhausted: a bound is reached; nothing was taken.
+        """
+        part = block.whole()
+        self._check_bounds(part)
+        self._waiting[block] = [part]
+        self._count(part.rows, part.nbytes)
+        self._watch(block)
+
+    def _check_bounds(self, part: Part) -> None:
+        if part.rows > self._max_rows:
+            raise InvalidArgument(f"{part.rows} rows at once; at most {self._max_rows} may wait for one model")
+        if self.rows + part.rows > self._max_rows:
+            raise ResourceExhausted(f"{self.rows} rows wait already, {self._max_rows} may", reason="queue_rows")
+        if not self._budget.has_room(part.nbytes):
+            raise ResourceExhausted(f"{self._budget.max_bytes} bytes wait already", reason="queue_bytes")
+
+    def requeue(self, parts: Iterable[Part]) -> None:
+        """Put parts back at the head, in their order, before everything that waits; no bound applies."""
+        for part in reversed(list(parts)):
+            rest = self._waiting.get(part.block)
+            if rest is None:
+                self._waiting[part.block] = rest = []
+                self._watch(part.block)
+            rest.append(part)
+            rest.sort(key=lambda one: one.first)
+            self._waiting.move_to_end(part.block, last=False)
+            self._count(part.rows, part.nbytes)
+
+    def discard(self, block: Block) -> int:
+        """Forget what waits of a block; the number of its rows that did."""
+        parts = self._waiting.pop(block, ())
+        rows = sum(part.rows for part in parts)
+        self._count(-rows, -rows * block.row_bytes)
+        self._drop_stale()
+        return rows
+
+    def pop_batch(self) -> tuple[Part, ...]:
+        """Take the rows of the next batch from the head, cutting the last block where the batch is full."""
+        taken: list[Part] = []
+        room = self._max_batch_rows
+        while room and self._waiting:
+            part = self._pop_part(room)
+            room -= part.rows
+            taken.append(part)
+        self._drop_stale()
+        return tuple(taken)
+
+    def _pop_part(self, room: int) -> Part:
+        block, parts = next(iter(self._waiting.items()))
+        part = parts.pop(0)
+        if part.rows > room:
+            part, rest = part.cut(room)
+            parts.insert(0, rest)
+        if not parts:
+            del self._waiting[block]
+        self._count(-part.rows, -part.nbytes)
+        return part
+
+    def pop_expired(self, now: float) -> list[Block]:
+        """Take the blocks whose deadline has come, the earliest first."""
+        expired: list[Block] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            block = heapq.heappop(self._deadlines)[2]
+            if self.discard(block):
+                expired.append(block)
+        return expired
+
+    @property
+    def wake_at(self) -> float:
+        """The next deadline of a waiting block; infinity when none waits."""
+        while self._deadlines and self._deadlines[0][2] not in self._waiting:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else math.inf
+
+    def _watch(self, block: Block) -> None:
+        heapq.heappush(self._deadlines, (block.deadline, next(self._ties), block))
+
+    def _drop_stale(self) -> None:
+        """Keep the heap, and the bytes of the blocks in it, in proportion to what waits."""
+        if len(self._deadlines) > 2 * len(self._waiting) + STALE_ENTRIES:
+            self._deadlines = [entry for entry in self._deadlines if entry[2] in self._waiting]
+            heapq.heapify(self._deadlines)
+
+    def _count(self, rows: int, nbytes: int) -> None:
+        self.rows += rows
+        self._budget.rows += rows
+        self._budget.used_bytes += nbytes

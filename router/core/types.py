@@ -1,0 +1,191 @@
+"""The nouns of the data path: key, block, part, batch, outputs. Frozen, and never one object per row.
+
+A request's rows for one key travel as a `Block`: raw little-endian bytes per input tensor. A `Part` is a run of a
+block's rows; a boundary between batches may cut a block, so a `Batch` is made of parts. Coordinates: a block begins at
+row `first_row` of the caller's block number `index`; a part begins at row `first` of its block.
+"""
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from router.errors import RouterError
+
+ParameterValue = bool | int | float | str
+
+# Bytes per element, by OIP datatype. BYTES is missing: its elements carry their own length.
+ITEM_SIZE = {
+    "BOOL": 1,
+    "UINT8": 1,
+    "UINT16": 2,
+    "UINT32": 4,
+    "UINT64": 8,
+    "INT8": 1,
+    "INT16": 2,
+    "INT32": 4,
+    "INT64": 8,
+    "FP16": 2,
+    "BF16": 2,
+    "FP32": 4,
+    "FP64": 8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a model's input: `row_shape` is the shape of one row, () for a scalar."""
+
+    name: str
+    datatype: str
+    row_shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.row_shape) * ITEM_SIZE[self.datatype]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchKey:
+    """What may share a batch: rows with equal keys and no others.
+
+    `parameters` are those of the OIP request that change the answer, sorted by name. The hash is computed once,
+    because a key is looked up for every block.
+    """
+
+    model_name: str
+    model_version: str
+    agent_type: str
+    inputs: tuple[TensorSpec, ...]
+    parameters: tuple[tuple[str, ParameterValue], ...] = ()
+    _identity: tuple[Hashable, ...] = field(init=False, repr=False)
+    _hash: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # True == 1 == 1.0 in Python, but not for a model: the values' types are part of the identity.
+        typed = tuple((name, type(value).__name__, value) for name, value in self.parameters)
+        identity = (self.model_name, self.model_version, self.agent_type, self.inputs, typed)
+        object.__setattr__(self, "_identity", identity)
+        object.__setattr__(self, "_hash", hash(identity))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, BatchKey) and self._identity == other._identity)
+
+    @property
+    def model(self) -> tuple[str, str]:
+        """Name and version: what slots are counted by."""
+        return self.model_name, self.model_version
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row over all inputs."""
+        return sum(spec.row_bytes for spec in self.inputs)
+
+
+class Recipient(Protocol):
+    """The caller behind a block, as the core and the batcher see it."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Every row was answered, or nobody waits any more."""
+
+    def answer(self, part: "Part", answer: "BatchAnswer", offset: int) -> None:
+        """Take the answer of `part`: rows offset .. offset + part.rows - 1 of the batch."""
+
+    def fail(self, part: "Part", error: RouterError) -> None:
+        """Take the failure of every row of `part`."""
+
+    def expire(self) -> None:
+        """The deadline has passed: every row without an answer fails, wherever it is."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Consecutive rows of one call for one key; the unit that is queued.
+
+    `inputs`: raw bytes per tensor of the key, row-major, `rows` rows each. `deadline` and `arrived_at`: monotonic
+    seconds.
+    """
+
+    key: BatchKey
+    index: int
+    first_row: int
+    rows: int
+    inputs: tuple[bytes, ...]
+    row_bytes: int
+    arrived_at: float
+    deadline: float
+    recipient: Recipient
+
+    def whole(self) -> "Part":
+        """All rows of the block, never tried yet."""
+        return Part(self, 0, self.rows, 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Rows first .. first + rows - 1 of a block; `attempts` counts how often they came back without an answer."""
+
+    block: Block
+    first: int
+    rows: int
+    attempts: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these rows over all inputs."""
+        return self.rows * self.block.row_bytes
+
+    def cut(self, rows: int) -> tuple["Part", "Part"]:
+        """The first `rows` rows and the rest; both have at least one."""
+        head = Part(self.block, self.first, rows, self.attempts)
+        return head, Part(self.block, self.first + rows, self.rows - rows, self.attempts)
+
+    def tried(self) -> "Part":
+        """The same rows after one more attempt in vain."""
+        return Part(self.block, self.first, self.rows, self.attempts + 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Rows of one key, in order, for one backend call."""
+
+    id: str
+    key: BatchKey
+    parts: tuple[Part, ...]
+    rows: int
+    formed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One output of a backend: `shape` (rows, ...), `data` raw little-endian bytes, row-major."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    def rows(self, first: int, rows: int) -> bytes:
+        """The bytes of `rows` rows from row `first`; not for BYTES, whose rows have no common width."""
+        width = len(self.data) // self.shape[0]
+        return self.data[first * width : (first + rows) * width]
+
+
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchAnswer:
+    """What came back for a batch, and what an explanation needs to know of it. Times in monotonic seconds."""
+
+    outputs: Outputs
+    batch_id: str
+    batch_rows: int
+    replica: str
+    dispatched_at: float
+    answered_at: float

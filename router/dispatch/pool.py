@@ -1,0 +1,223 @@
+"""ReplicaPool: the replicas of a backend, and the slots that batches take on them.
+
+A slot is a permit for one batch at a time of one model on one replica. `ModelSlots` hands the permits of a model out to
+the keys that want one, in turn; the key forms its batch at that moment, so a batch is as large as it can be and goes
+where there is room now. A replica that lost, refused or timed out a batch pauses for that model, a little longer each
+time, so that what it lost goes elsewhere first.
+
+It moves whole batches: no gRPC, no callers, no rows. Decisions are plain calls; only `infer` waits.
+"""
+
+import asyncio
+import random
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from router.core.balance import Load, choose
+from router.core.batch import check
+from router.core.retry import pause_s
+from router.core.types import Batch, BatchAnswer
+from router.errors import BackendError
+
+
+class Backend(Protocol):
+    """A replica as the pool sees it: replica.Replica, or a fake."""
+
+    address: str
+    in_flight: int
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a batch may be sent."""
+
+    def start(self, on_change: Callable[[], None]) -> None:
+        """Connect; call back when `is_ready` may have become true."""
+
+    async def infer(self, batch: Batch) -> BatchAnswer:
+        """Send one batch. Raises BackendError."""
+
+    async def aclose(self) -> None:
+        """Let go of everything."""
+
+
+class Taker(Protocol):
+    """Who wants slots: a key's batcher."""
+
+    def take(self, slots: "ModelSlots", now: float) -> Batch | None:
+        """Form a batch for a slot that is at hand, or None: nothing waits, or the policy holds it."""
+
+    def dispatch(self, batch: Batch, slot: "Slot") -> None:
+        """Send the batch; the slot is the taker's until `pool.infer` has ended."""
+
+    @property
+    def wants_slot(self) -> bool:
+        """Whether rows still wait that are not held."""
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """One model's standing with one replica."""
+
+    replica: Backend
+    in_flight: int = 0
+    failures: int = 0
+    resume_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """The permit for one batch."""
+
+    slots: "ModelSlots"
+    seat: Seat
+
+
+class ModelSlots:
+    """The slots of one model over all replicas of its pool."""
+
+    def __init__(self, replicas: Sequence[Backend], max_in_flight: int) -> None:
+        self._max_in_flight = max_in_flight
+        # State: a seat per replica; keys in turn for a slot; keys whose hold ends when a slot is taken or freed; one
+        # timer for the end of a pause; whether `assign` is about to run.
+        self._seats = [Seat(replica) for replica in replicas]
+        self._waiting: OrderedDict[Taker, None] = OrderedDict()
+        self._held: OrderedDict[Taker, None] = OrderedDict()
+        self._resume_timer: asyncio.TimerHandle | None = None
+        self._is_assign_due = False
+
+    def __repr__(self) -> str:
+        return f"<ModelSlots {self.busy} busy, {len(self._waiting)} waiting, {len(self._held)} held>"
+
+    @property
+    def busy(self) -> int:
+        """Slots that are taken."""
+        return sum(seat.in_flight for seat in self._seats)
+
+    def request(self, taker: Taker) -> None:
+        """Queue for a slot, behind the other keys of the model; it may be had at once."""
+        self._held.pop(taker, None)
+        self._waiting[taker] = None
+        self.assign()
+
+    def hold(self, taker: Taker) -> None:
+        """Ask `taker` again as soon as a slot is taken or freed."""
+        self._held[taker] = None
+
+    def withdraw(self, taker: Taker) -> None:
+        """Want no slot any more."""
+        self._waiting.pop(taker, None)
+        self._held.pop(taker, None)
+
+    def assign(self) -> None:
+        """Give free slots to the waiting keys, in turn, until either runs out."""
+        self._is_assign_due = False
+        now = asyncio.get_running_loop().time()
+        while self._waiting:
+            seat = self._choose(now)
+            if seat is None:
+                self._wait_for_pause(now)
+                return
+            taker, _ = self._waiting.popitem(last=False)
+            batch = taker.take(self, now)
+            if batch is not None:
+                self._occupy(seat)
+                taker.dispatch(batch, Slot(self, seat))
+            if taker.wants_slot:
+                self._waiting[taker] = None
+
+    def release(self, slot: Slot, error: BackendError | None) -> None:
+        """Return a slot; after a failure that may be retried the replica pauses for this model.
+
+        The slot is given away on the loop's next turn: by then a lost batch's rows are back at the head of their queue.
+        """
+        seat = slot.seat
+        seat.in_flight -= 1
+        seat.failures = seat.failures + 1 if error and error.may_requeue else 0
+        if seat.failures:
+            chance = random.random()  # noqa: S311 (spreads returns, guards nothing)
+            seat.resume_at = asyncio.get_running_loop().time() + pause_s(seat.failures, chance)
+        self._ask_held_again()
+        if not self._is_assign_due:
+            self._is_assign_due = True
+            asyncio.get_running_loop().call_soon(self.assign)
+
+    def _occupy(self, seat: Seat) -> None:
+        seat.in_flight += 1
+        self._ask_held_again()
+
+    def _ask_held_again(self) -> None:
+        self._waiting.update(self._held)
+        self._held.clear()
+
+    def _choose(self, now: float) -> Seat | None:
+        number = choose([self._load(seat, now) for seat in self._seats])
+        return None if number is None else self._seats[number]
+
+    def _load(self, seat: Seat, now: float) -> Load:
+        has_slot = not self._max_in_flight or seat.in_flight < self._max_in_flight
+        can_take = has_slot and seat.replica.is_ready and seat.resume_at <= now
+        return Load(seat.in_flight, seat.replica.in_flight, can_take)
+
+    def _wait_for_pause(self, now: float) -> None:
+        resumes = [seat.resume_at for seat in self._seats if seat.resume_at > now]
+        if self._resume_timer:
+            self._resume_timer.cancel()
+            self._resume_timer = None
+        if resumes:
+            self._resume_timer = asyncio.get_running_loop().call_at(min(resumes), self.assign)
+
+
+class ReplicaPool:
+    """The replicas of one backend."""
+
+    def __init__(self, replicas: Sequence[Backend], max_in_flight: int) -> None:
+        self._replicas = list(replicas)
+        self._max_in_flight = max_in_flight
+        # A model's slots live as long as one of its keys holds them.
+        self._slots: weakref.WeakValueDictionary[tuple[str, str], ModelSlots] = weakref.WeakValueDictionary()
+
+    def __repr__(self) -> str:
+        return f"<ReplicaPool {self._replicas!r}>"
+
+    def count_ready(self) -> int:
+        """Replicas that are connected."""
+        return sum(replica.is_ready for replica in self._replicas)
+
+    def start(self) -> None:
+        """Connect every replica."""
+        for replica in self._replicas:
+            replica.start(self._replica_changed)
+
+    async def aclose(self) -> None:
+        """Let go of every replica."""
+        await asyncio.gather(*(replica.aclose() for replica in self._replicas))
+
+    def slots(self, model: tuple[str, str]) -> ModelSlots:
+        """The slots of a model; its keys share them."""
+        slots = self._slots.get(model)
+        if slots is None:
+            slots = self._slots[model] = ModelSlots(self._replicas, self._max_in_flight)
+        return slots
+
+    async def infer(self, batch: Batch, slot: Slot) -> BatchAnswer:
+        """Send a batch to the slot's replica and return its checked answer; gives the slot back in any case.
+
+        Raises BackendError.
+        """
+        failure = None
+        try:
+            answer = await slot.seat.replica.infer(batch)
+            check(answer.outputs, batch.rows)
+        except BackendError as error:
+            failure = error
+            raise
+        finally:
+            slot.slots.release(slot, failure)
+        return answer
+
+    def _replica_changed(self) -> None:
+        for slots in list(self._slots.values()):
+            slots.assign()

@@ -1,0 +1,131 @@
+"""Composition root and lifecycle: build the parts, serve, drain, stop.
+
+Drain, in order: not ready, and every stream is told; calls are still taken for `drain_delay_s`, so that callers find
+another router first; then calls are refused and what was accepted is answered, at most `drain_timeout_s`; then streams
+end and connections close.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+import grpc.aio
+from prometheus_client import start_http_server
+
+from protos.inference_router.v1 import inference_router_pb2_grpc as pb_grpc
+from router.config import Settings
+from router.dataplane import DataPlane
+from router.dispatch.pool import ReplicaPool
+from router.dispatch.replica import connect
+from router.metrics import Metrics
+from router.servicers.access import Access
+from router.servicers.convert import Routes
+from router.servicers.health import Health
+from router.servicers.inference import InferenceServicer
+from router.servicers.stream import Surroundings
+
+logger = logging.getLogger(__name__)
+
+# How long connections may linger once every call is answered.
+CLOSE_GRACE_S = 1.0
+
+
+class StartError(Exception):
+    """The router cannot start; the message says why in one line."""
+
+
+def server_options(settings: Settings) -> list[tuple[str, int]]:
+    """Without SO_REUSEPORT, or a second router would bind the same port and split the traffic silently. Clients of ours
+    ping every 10 s; gRPC's default of 300 s between pings would cut them off."""
+    return [
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", settings.limits.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+
+
+class RouterServer:
+    """The whole router of a process; `start`, then `stop`, on one loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.metrics = Metrics()
+        self._pools = {
+            name: ReplicaPool(
+                connect(
+                    backend.addresses,
+                    batch_timeout_s=settings.batch_timeout_s,
+                    max_message_bytes=settings.limits.max_backend_message_bytes,
+                ),
+                backend.max_in_flight,
+            )
+            for name, backend in settings.backends.items()
+        }
+        for name, pool in self._pools.items():
+            self.metrics.ready_replicas.labels(name).set_function(pool.count_ready)
+        self.plane = DataPlane(settings, self._pools, self.metrics)
+        access = Access(self.metrics, settings.log_requests)
+        self._servicer = InferenceServicer(Surroundings(settings, self.plane, Routes(settings), access))
+        self._health = Health()
+        self._server = grpc.aio.server(options=server_options(settings))
+        self._close_metrics: Callable[[], None] = lambda: None
+        self.address = settings.listen
+
+    async def start(self) -> None:
+        """Listen and connect. Raises StartError."""
+        pb_grpc.add_InferenceRouterServiceServicer_to_server(self._servicer, self._server)
+        self._health.add_to(self._server)
+        self._bind()
+        self._serve_metrics()
+        for pool in self._pools.values():
+            pool.start()
+        await self._health.serve()
+        await self._server.start()
+        logger.info("router listens on %s", self.address)
+
+    def _bind(self) -> None:
+        try:
+            port = self._server.add_insecure_port(self._settings.listen)
+        except RuntimeError as error:
+            raise StartError(f"cannot listen on {self._settings.listen}: is the port in use?") from error
+        self.address = f"{self._settings.listen.rpartition(':')[0]}:{port}"
+
+    def _serve_metrics(self) -> None:
+        if self._settings.metrics is None:
+            return
+        host, _, port = self._settings.metrics.rpartition(":")
+        try:
+            server, thread = start_http_server(int(port), host.strip("[]"), registry=self.metrics.registry)
+        except OSError as error:
+            raise StartError(f"cannot serve metrics on {self._settings.metrics}: {error.strerror}") from error
+        logger.info("metrics on http://%s:%d/metrics", host, server.server_port)
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        self._close_metrics = close
+
+    async def drain(self) -> None:
+        """Leave without losing what was accepted; see the module's text."""
+        await self._health.leave()
+        self._servicer.announce_draining()
+        logger.info("draining: new calls are taken for %g s more", self._settings.drain_delay_s)
+        await asyncio.sleep(self._settings.drain_delay_s)
+        self.plane.refuse_new()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_timeout_s):
+                await self.plane.wait_until_idle()
+
+    async def stop(self) -> None:
+        """Fail what is still open, flush it, and let go of everything."""
+        await self.plane.aclose()
+        self._servicer.end_streams()
+        await self._server.stop(CLOSE_GRACE_S)
+        await asyncio.gather(*(pool.aclose() for pool in self._pools.values()))
+        self._close_metrics()
+        logger.info("router stopped")

@@ -1,0 +1,32 @@
+"""One record for every call that ends, whether it came alone or on a stream: the request counter and the access log."""
+
+import logging
+import time
+from typing import Literal
+
+import grpc
+
+from router.metrics import Metrics
+
+logger = logging.getLogger("router.access")
+
+OK = grpc.StatusCode.OK.name
+# Some agents of the call failed, others did not.
+PARTIAL = "PARTIAL"
+
+
+class Access:
+    """Counts calls by method and code; writes a line for those that `log_requests` asks for."""
+
+    def __init__(self, metrics: Metrics, log_requests: Literal["off", "errors", "all"]) -> None:
+        self._requests = metrics.requests
+        self._log_requests = log_requests
+
+    def record(self, method: str, code: str, *, request_id: str, rows: int, started: float, detail: str = "") -> None:
+        """A call has ended. `started`: time.monotonic() at its arrival; `detail`: its first error's text."""
+        self._requests.labels(method, code).inc()
+        if self._log_requests == "all" or (self._log_requests == "errors" and code != OK):
+            seconds = time.monotonic() - started
+            text = f": {detail}" if detail else ""
+            fields = {"request_id": request_id, "method": method, "code": code, "rows": rows, "seconds": seconds}
+            logger.info("%s %s, %d rows in %.3f s%s", method, code, rows, seconds, text, extra=fields)

@@ -1,0 +1,252 @@
+"""Protobuf to core types and back, with the checks that need no queue: shapes, names, sizes, finite values, deadlines.
+
+Pure: it takes `now`. A fault of one row is that row's error; a fault of a block is that block's.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from protos.inference_router.v1 import inference_router_pb2 as pb
+from router.config import Settings
+from router.core.batch import partition
+from router.core.types import BatchAnswer, BatchKey, Block, Part, Recipient, Tensor, TensorSpec
+from router.errors import InvalidArgument, ModelFailed, NotFound, RouterError
+
+# Taken off a gRPC deadline, so that our own answer still arrives in time.
+GRPC_DEADLINE_MARGIN_S = 0.020
+# Bad rows that are told apart in one block; past it the block is refused whole.
+MAX_BAD_RUNS = 1024
+FLOAT32 = np.dtype("<f4")
+
+_CASTABLE = {
+    "BOOL": np.dtype("?"),
+    "UINT8": np.dtype("u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP64": np.dtype("<f8"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a native row goes and which output it is answered from (None: `output`, else the first)."""
+
+    key: BatchKey
+    output: str | None
+
+
+class Routes:
+    """Agent type, model name and vector length to a route; looked up for every block, so remembered."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.find: Callable[[str, str, int], Route] = functools.lru_cache(maxsize=settings.limits.max_keys)(self._find)
+
+    def _find(self, agent_type: str, model_name: str, dim: int) -> Route:
+        limits = self._settings.limits
+        check_name("model_name", model_name, limits.max_name_length)
+        check_name("agent_type", agent_type, limits.max_name_length)
+        if not model_name:
+            raise InvalidArgument("model_name is empty")
+        if not dim:
+            raise InvalidArgument("vector is empty")
+        if dim > limits.max_vector_length:
+            raise InvalidArgument(f"vector has {dim} values, at most {limits.max_vector_length} are allowed")
+        return self._configured(agent_type, model_name, dim)
+
+    def _configured(self, agent_type: str, model_name: str, dim: int) -> Route:
+        model = self._settings.route(model_name, agent_type)
+        if model is None:
+            raise NotFound(f"no model {model_name!r} for agent type {agent_type!r}")
+        spec = TensorSpec(model.vector_input, "FP32", (dim,))
+        if spec.row_bytes > model.max_batch_bytes:
+            raise InvalidArgument(f"a row of {spec.row_bytes} bytes is over max_batch_bytes = {model.max_batch_bytes}")
+        parameters = (("agent_type", agent_type),) if model.send_agent_type and agent_type else ()
+        return Route(BatchKey(model_name, "", agent_type, (spec,), parameters), model.vector_output)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What holds for all rows of a call. Times in monotonic seconds."""
+
+    arrived_at: float
+    timeout_s: float
+
+    @property
+    def deadline(self) -> float:
+        """When the call's open rows expire."""
+        return self.arrived_at + self.timeout_s
+
+
+def check_name(field: str, name: str, longest: int) -> None:
+    """Raise InvalidArgument when a name is too long."""
+    if len(name) > longest:
+        raise InvalidArgument(f"{field} has {len(name)} characters, at most {longest} are allowed")
+
+
+def check_class(priority_class: int) -> None:
+    """Raise InvalidArgument for a number that names no class; proto3 enums are open."""
+    if priority_class not in pb.PriorityClass.values():
+        raise InvalidArgument(f"priority_class {priority_class} is not one of {', '.join(pb.PriorityClass.keys())}")
+
+
+def timeout_s(asked_s: float | None, rpc_s: float | None, settings: Settings) -> float:
+    """Seconds a call may take: the earliest of the message's, the RPC's and `max_timeout_s`.
+
+    `rpc_s`: what is left of the gRPC deadline. Without either, `default_timeout_s`. May be negative: too late already.
+    """
+    if asked_s is not None and not asked_s > 0:
+        raise InvalidArgument(f"timeout_s is {asked_s:g}; it must be greater than zero")
+    given = [] if asked_s is None else [asked_s]
+    if rpc_s is not None:
+        given.append(rpc_s - GRPC_DEADLINE_MARGIN_S)
+    return min(*given, settings.max_timeout_s) if given else min(settings.default_timeout_s, settings.max_timeout_s)
+
+
+# -- rows in ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive rows of a block that are all good (error None) or all bad."""
+
+    first: int
+    rows: int
+    error: RouterError | None
+
+
+def check_call(call: pb.Call, settings: Settings) -> int:
+    """The call's rows in all. Raises InvalidArgument for a fault of the whole call."""
+    check_class(call.priority_class)
+    check_name("tenant", call.tenant, settings.limits.max_name_length)
+    if not call.blocks:
+        raise InvalidArgument("the call has no blocks")
+    rows = [block.rows for block in call.blocks]
+    if not all(rows):
+        raise InvalidArgument(f"block {rows.index(0)} has no rows")
+    return sum(rows)
+
+
+def check_size(vectors: bytes, rows: int, dim: int) -> None:
+    """Raise InvalidArgument unless `vectors` holds rows x dim float32."""
+    if len(vectors) != rows * dim * FLOAT32.itemsize:
+        raise InvalidArgument(f"vectors has {len(vectors)} bytes, which is not {rows} rows of {dim} float32")
+
+
+def finite_runs(vectors: bytes, rows: int, dim: int) -> list[Run]:
+    """Tell rows with a NaN or an infinity from the rest; a bad run's message names its first bad value."""
+    finite = np.isfinite(np.frombuffer(vectors, FLOAT32))
+    if finite.all():
+        return [Run(0, rows, None)]
+    matrix = finite.reshape(rows, dim)
+    is_good = np.logical_and.reduce(matrix, axis=1)
+    starts = [0, *(np.flatnonzero(is_good[1:] != is_good[:-1]) + 1).tolist()]
+    if len(starts) > MAX_BAD_RUNS:
+        raise InvalidArgument(f"more than {MAX_BAD_RUNS // 2} separate rows hold NaN or infinity")
+    ends = [*starts[1:], rows]
+    values = np.frombuffer(vectors, FLOAT32).reshape(rows, dim)
+    return [
+        Run(start, end - start, None if is_good[start] else _not_finite(values[start]))
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def _not_finite(row: "np.ndarray[tuple[int], np.dtype[np.float32]]") -> InvalidArgument:
+    where = int(np.flatnonzero(~np.isfinite(row))[0])
+    return InvalidArgument(f"vector[{where}] is {row[where]:g}; every value must be finite as a float32")
+
+
+def to_blocks(
+    route: Route, index: int, vectors: bytes, runs: Sequence[Run], terms: Terms, recipient: Recipient
+) -> Iterator[Block]:
+    """A core block for each good run."""
+    row_bytes = route.key.row_bytes
+    for run in runs:
+        if run.error is None:
+            whole = len(runs) == 1
+            rows = vectors if whole else vectors[run.first * row_bytes : (run.first + run.rows) * row_bytes]
+            yield Block(
+                route.key, index, run.first, run.rows, (rows,), row_bytes, terms.arrived_at, terms.deadline, recipient
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class NamedBlock:
+    """Rows of a unary request that share a route; row n is the agent `names[n]`."""
+
+    route: Route
+    names: tuple[str, ...]
+    vectors: bytes
+
+
+def from_agents(
+    agents: Mapping[str, pb.Agent], routes: Routes, longest_name: int
+) -> tuple[list[NamedBlock], dict[str, RouterError]]:
+    """Split a request's agents by key; agents that cannot be served come back by name with their error."""
+    errors: dict[str, RouterError] = {}
+    routed = []
+    for name, agent in agents.items():
+        try:
+            check_name("an agent's name", name, longest_name)
+            routed.append((routes.find(agent.agent_type, agent.model_name, len(agent.vector)), name))
+        except RouterError as error:
+            errors[name] = error
+    blocks = [
+        NamedBlock(route, tuple(names), b"".join([to_bytes(agents[name].vector) for name in names]))
+        for route, names in partition(routed).items()
+    ]
+    return blocks, errors
+
+
+def to_bytes(vector: Sequence[float]) -> bytes:
+    """float32 little-endian."""
+    return np.asarray(vector, FLOAT32).tobytes()
+
+
+# -- rows out --------------------------------------------------------------------------------------------------------
+
+
+def vector_rows(answer: BatchAnswer, output: str | None, first: int, rows: int) -> bytes:
+    """Rows first .. first + rows - 1 of a batch's answer as float32 little-endian, row-major.
+
+    Raises:
+        ModelFailed: the output is missing or cannot be told in floats.
+    """
+    tensor = _choose(answer.outputs, output)
+    if tensor.datatype == "FP32":
+        return tensor.rows(first, rows)
+    if tensor.datatype not in _CASTABLE:
+        raise ModelFailed(f"the model's output {tensor.name!r} is {tensor.datatype}, which has no form as floats")
+    return np.frombuffer(tensor.rows(first, rows), _CASTABLE[tensor.datatype]).astype(FLOAT32).tobytes()
+
+
+def _choose(outputs: Sequence[Tensor], name: str | None) -> Tensor:
+    wanted = name or "output"
+    for tensor in outputs:
+        if tensor.name == wanted:
+            return tensor
+    if name is None:
+        return outputs[0]
+    found = ", ".join(repr(tensor.name) for tensor in outputs)
+    raise ModelFailed(f"the model's answer has no output {name!r}, only {found}")
+
+
+def explain(part: Part, answer: BatchAnswer) -> pb.Explanation:
+    """Where the time of a part's answer went."""
+    return pb.Explanation(
+        queued_s=answer.dispatched_at - part.block.arrived_at,
+        backend_s=answer.answered_at - answer.dispatched_at,
+        batch_id=answer.batch_id,
+        batch_rows=answer.batch_rows,
+        replica=answer.replica,
+        attempts=part.attempts + 1,
+    )

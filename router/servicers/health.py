@@ -1,0 +1,32 @@
+"""grpc.health.v1 and reflection, so that probes, grpcurl, buf curl and ghz work without our protos."""
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from protos.inference_router.v1 import inference_router_pb2 as pb
+
+SERVICE = pb.DESCRIPTOR.services_by_name["InferenceRouterService"].full_name
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+
+class Health:
+    """SERVING unless the router is leaving, whatever its backends do."""
+
+    def __init__(self) -> None:
+        self._servicer = health_aio.HealthServicer()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Register health and reflection."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
+
+    async def serve(self) -> None:
+        """Say SERVING, for the server as a whole and for its service."""
+        for service in ("", SERVICE):
+            await self._servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    async def leave(self) -> None:
+        """Say NOT_SERVING from now on."""
+        await self._servicer.enter_graceful_shutdown()

@@ -1,0 +1,229 @@
+"""The native API: `Predict` for one request, `PredictStream` for a client with many.
+
+The only file, with stream.py, that meets client RPCs; rows go to the data plane, and what becomes of them comes back
+through a `Reply`.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+
+import grpc
+import grpc.aio
+import numpy as np
+
+from protos.inference_router.v1 import inference_router_pb2 as pb
+from protos.inference_router.v1 import inference_router_pb2_grpc as pb_grpc
+from router.core.types import BatchAnswer, Block, Part
+from router.dataplane import Call
+from router.errors import Cancelled, DeadlineExceeded, InternalError, InvalidArgument, RouterError
+from router.servicers import convert
+from router.servicers.access import OK, PARTIAL
+from router.servicers.status import status_of, to_proto, trailing_metadata
+from router.servicers.stream import Context as StreamContext
+from router.servicers.stream import StreamSession, Surroundings
+
+logger = logging.getLogger(__name__)
+
+METHOD = "Predict"
+REQUEST_ID_KEY = "x-request-id"
+
+UnaryContext = grpc.aio.ServicerContext[pb.PredictRequest, pb.PredictResponse]
+
+
+class InferenceServicer(pb_grpc.InferenceRouterServiceServicer):
+    """InferenceRouterService of the router."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+        # State: the streams that are open; whether they have been told that the router leaves, or to end.
+        self._sessions: set[StreamSession] = set()
+        self._is_draining = False
+        self._is_ending = False
+
+    def announce_draining(self) -> None:
+        """Tell every stream, and each new one first of all, that the router will stop."""
+        self._is_draining = True
+        for session in self._sessions:
+            session.say_draining()
+
+    def end_streams(self) -> None:
+        """End every stream as soon as its calls are answered; new streams end at once."""
+        self._is_ending = True
+        for session in self._sessions:
+            session.end()
+
+    async def PredictStream(  # type: ignore[override]  # noqa: N802 (typed for generators; we read and write)
+        self, _: object, context: StreamContext
+    ) -> None:
+        """One client's stream; see StreamSession."""
+        session = StreamSession(self._around, context, is_draining=self._is_draining)
+        self._sessions.add(session)
+        if self._is_ending:
+            session.end()
+        try:
+            await session.run()
+        finally:
+            self._sessions.discard(session)
+
+    async def Predict(  # noqa: N802
+        self, request: pb.PredictRequest, context: UnaryContext
+    ) -> pb.PredictResponse:
+        """Answer when every agent is answered; abort when the request is bad or all agents failed with one code."""
+        reply = _UnaryReply(request, _request_id(context))
+        try:
+            await self._infer(request, context.time_remaining(), reply)
+            response = reply.response()
+        except RouterError as error:
+            self._record(reply, error)
+            return await _abort(context, to_proto(error))
+        except asyncio.CancelledError:
+            self._record(reply, Cancelled("cancelled by the client"))
+            raise
+        except Exception:
+            logger.exception("request %s failed inside the router; this is a bug", reply.request_id)
+            self._record(reply, InternalError())
+            return await _abort(context, to_proto(InternalError()))
+        self._record(reply, reply.first_error)
+        common = _common_error(response)
+        return await _abort(context, common) if common else response
+
+    async def _infer(self, request: pb.PredictRequest, rpc_s: float | None, reply: "_UnaryReply") -> None:
+        """Queue the request's rows and wait for all of them. Raises RouterError for a fault of the whole request."""
+        settings = self._around.settings
+        _check_request(request, settings.limits.max_agents, settings.limits.max_name_length)
+        asked_s = request.timeout_s if request.HasField("timeout_s") else None
+        now = asyncio.get_running_loop().time()
+        terms = convert.Terms(now, convert.timeout_s(asked_s, rpc_s, settings))
+        if terms.timeout_s <= 0:
+            raise DeadlineExceeded("the deadline had passed when the request arrived")
+        blocks, errors = convert.from_agents(request.agents, self._around.routes, settings.limits.max_name_length)
+        reply.errors.update(errors)
+        if blocks:
+            await self._queue(blocks, terms, reply)
+
+    async def _queue(self, blocks: Sequence[convert.NamedBlock], terms: convert.Terms, reply: "_UnaryReply") -> None:
+        plane = self._around.plane
+        call = plane.open(reply, sum(len(block.names) for block in blocks), terms.timeout_s)
+        reply.blocks = blocks
+        try:
+            plane.infer(call, [one for index in range(len(blocks)) for one in _good_rows(index, blocks, terms, call)])
+            await reply.is_complete.wait()
+        finally:
+            call.cancel()
+
+    def _record(self, reply: "_UnaryReply", error: RouterError | None) -> None:
+        code = OK if error is None else status_of(error).name
+        if error is not None and reply.outputs:
+            code = PARTIAL
+        self._around.access.record(
+            METHOD,
+            code,
+            request_id=reply.request_id,
+            rows=len(reply.request.agents),
+            started=reply.started,
+            detail=error.message if error else "",
+        )
+
+
+def _check_request(request: pb.PredictRequest, max_agents: int, longest_name: int) -> None:
+    convert.check_class(request.priority_class)
+    convert.check_name("tenant", request.tenant, longest_name)
+    if not request.agents:
+        raise InvalidArgument("agents is empty")
+    if len(request.agents) > max_agents:
+        raise InvalidArgument(f"{len(request.agents)} agents, at most {max_agents} are allowed in one request")
+
+
+def _good_rows(index: int, blocks: Sequence[convert.NamedBlock], terms: convert.Terms, call: Call) -> Sequence[Block]:
+    """A block's good rows; its bad ones fail at once."""
+    block = blocks[index]
+    rows = len(block.names)
+    try:
+        runs = convert.finite_runs(block.vectors, rows, len(block.vectors) // rows // convert.FLOAT32.itemsize)
+    except RouterError as error:
+        call.fail_rows(index, 0, rows, error)
+        return ()
+    for run in runs:
+        if run.error is not None:
+            call.fail_rows(index, run.first, run.rows, run.error)
+    return list(convert.to_blocks(block.route, index, block.vectors, runs, terms, call))
+
+
+class _UnaryReply:
+    """Gathers a request's answers by agent name."""
+
+    def __init__(self, request: pb.PredictRequest, request_id: str) -> None:
+        self.request = request
+        self.request_id = request_id
+        self.started = time.monotonic()
+        # State: the blocks that were queued; per agent its result or its error; set when no row is open.
+        self.blocks: Sequence[convert.NamedBlock] = ()
+        self.outputs: dict[str, pb.AgentResult] = {}
+        self.errors: dict[str, RouterError] = {}
+        self.is_complete = asyncio.Event()
+
+    @property
+    def first_error(self) -> RouterError | None:
+        return next(iter(self.errors.values()), None)
+
+    def response(self) -> pb.PredictResponse:
+        """A result for every agent of the request."""
+        errors = {name: pb.AgentResult(error=to_proto(error)) for name, error in self.errors.items()}
+        return pb.PredictResponse(results=self.outputs | errors)
+
+    def answered(self, part: Part, answer: BatchAnswer, offset: int, *, is_last: bool) -> None:
+        """See Reply."""
+        block = self.blocks[part.block.index]
+        first = part.block.first_row + part.first
+        try:
+            data = convert.vector_rows(answer, block.route.output, offset, part.rows)
+        except RouterError as error:
+            self.failed(part.block.index, first, part.rows, error, is_last=is_last)
+            return
+        explanation = convert.explain(part, answer) if self.request.explain else None
+        rows = np.frombuffer(data, convert.FLOAT32).reshape(part.rows, -1).tolist()
+        for name, row in zip(block.names[first:], rows, strict=False):
+            self.outputs[name] = pb.AgentResult(output=row, explanation=explanation)
+        self._finish(is_last=is_last)
+
+    def failed(self, index: int, first_row: int, rows: int, error: RouterError, *, is_last: bool) -> None:
+        """See Reply."""
+        for name in self.blocks[index].names[first_row : first_row + rows]:
+            self.errors[name] = error
+        self._finish(is_last=is_last)
+
+    def closed(self, error: RouterError) -> None:
+        """See Reply."""
+        for name in self.request.agents:
+            if name not in self.outputs and name not in self.errors:
+                self.errors[name] = error
+        self._finish(is_last=True)
+
+    def _finish(self, *, is_last: bool) -> None:
+        if is_last:
+            self.is_complete.set()
+
+
+def _common_error(response: pb.PredictResponse) -> pb.Error | None:
+    """The first agent's error when all agents failed with the same code."""
+    results = list(response.results.values())
+    if not all(result.HasField("error") for result in results):
+        return None
+    return results[0].error if len({result.error.code for result in results}) == 1 else None
+
+
+async def _abort(context: UnaryContext, error: pb.Error) -> pb.PredictResponse:
+    pushback = error.retry_pushback_ms if error.HasField("retry_pushback_ms") else None
+    await context.abort(grpc.StatusCode[error.code], error.message, trailing_metadata(pushback))
+    raise AssertionError("abort() returned: this is a bug")
+
+
+def _request_id(context: UnaryContext) -> str:
+    """The caller's x-request-id, else a new one."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str):
+            return value
+    return uuid.uuid4().hex
