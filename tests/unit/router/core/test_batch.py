@@ -1,0 +1,107 @@
+"""Partition, merge, split and the check of answers."""
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.core.batch import check, merge, partition, split
+from router.core.types import BatchKey, Tensor, TensorSpec
+from router.errors import Malformed
+from tests.builders import make_batch, make_block, make_key
+
+
+def test_rows_are_grouped_by_key_in_the_order_in_which_they_came() -> None:
+    assert partition([("x", 1), ("y", 2), ("x", 3)]) == {"x": [1, 3], "y": [2]}
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())
+def test_merging_cut_blocks_joins_exactly_their_rows(sizes: list[int], data: st.DataObject) -> None:
+    key = make_key(dim=3)
+    parts, expected = [], []
+    for number, size in enumerate(sizes):
+        part = make_block(*range(100 * number, 100 * number + size), key=key).whole()
+        if size > 1:
+            part = part.cut(data.draw(st.integers(1, size - 1)))[data.draw(st.integers(0, 1))]
+        parts.append(part)
+        expected += [100 * number + row for row in range(part.first, part.first + part.rows)]
+    batch = make_batch(*parts)
+    matrix = np.frombuffer(merge(batch)[0], "<f4").reshape(batch.rows, 3)
+    assert matrix[:, 0].tolist() == matrix[:, 2].tolist() == expected
+    assert [offset for _, offset in split(batch)] == np.cumsum([0, *(part.rows for part in parts[:-1])]).tolist()
+
+
+def test_a_single_whole_block_is_not_copied() -> None:
+    block = make_block(1, 2)
+    assert merge(make_batch(block.whole()))[0] is block.inputs[0]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        Tensor("output", "FP32", (3,), bytes(12)),
+        Tensor("output", "FP64", (3, 2), bytes(48)),
+        Tensor("output", "BOOL", (3, 1, 4), bytes(12)),
+        Tensor("output", "FP32", (3, 0), b""),
+        Tensor("output", "BYTES", (3,), struct.pack("<I1sI0sI2s", 1, b"a", 0, b"", 2, b"bc")),
+    ],
+)
+def test_answers_that_hold_every_row_pass(tensor: Tensor) -> None:
+    check((tensor,), 3)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ((), "without any output"),
+        ((Tensor("o", "FP32", (2,), bytes(8)),), "shape [2] for a batch of 3 rows"),
+        ((Tensor("o", "FP32", (4,), bytes(16)),), "shape [4] for a batch of 3 rows"),
+        ((Tensor("o", "FP32", (), bytes(4)),), "shape [] for a batch of 3 rows"),
+        ((Tensor("o", "FP32", (3,), bytes(8)),), "8 bytes, which is not FP32[3]"),
+        ((Tensor("o", "FP32", (3, 2), bytes(12)),), "12 bytes, which is not FP32[3, 2]"),
+        ((Tensor("o", "FP32", (3, -1), bytes(12)),), "datatype 'FP32', shape [3, -1]"),
+        ((Tensor("o", "FLOAT", (3,), bytes(12)),), "datatype 'FLOAT'"),
+        ((Tensor("o", "BYTES", (3,), struct.pack("<II", 0, 0)),), "does not hold the BYTES elements"),
+        ((Tensor("o", "BYTES", (3,), struct.pack("<III", 0, 0, 9)),), "does not hold the BYTES elements"),
+        ((Tensor("o", "FP32", (3,), bytes(12)), Tensor("p", "FP32", (1,), bytes(4))), "'p' has shape [1]"),
+    ],
+)
+def test_answers_that_do_not_fit_are_malformed(outputs: tuple[Tensor, ...], message: str) -> None:
+    with pytest.raises(Malformed) as malformed:
+        check(outputs, 3)
+    assert message in malformed.value.message
+
+
+def test_rows_of_an_output_are_a_slice() -> None:
+    tensor = Tensor("output", "FP32", (3, 2), np.arange(6, dtype="<f4").tobytes())
+    assert np.frombuffer(tensor.rows(1, 2), "<f4").tolist() == [2, 3, 4, 5]
+
+
+def spec(dim: int) -> tuple[TensorSpec, ...]:
+    return (TensorSpec("vector", "FP32", (dim,)),)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        BatchKey("n", "", "a", spec(1)),
+        BatchKey("m", "2", "a", spec(1)),
+        BatchKey("m", "", "b", spec(1)),
+        BatchKey("m", "", "a", spec(2)),
+        BatchKey("m", "", "a", (TensorSpec("x", "FP32", (1,)),)),
+        BatchKey("m", "", "a", (TensorSpec("vector", "FP64", (1,)),)),
+        BatchKey("m", "", "a", spec(1), (("p", True),)),
+    ],
+)
+def test_keys_that_differ_in_anything_are_different(other: BatchKey) -> None:
+    key = BatchKey("m", "", "a", spec(1))
+    assert key != other
+    assert key == BatchKey("m", "", "a", spec(1))
+    assert hash(key) == hash(BatchKey("m", "", "a", spec(1)))
+
+
+def test_parameters_that_python_calls_equal_are_different_to_a_model() -> None:
+    true, one, real = (BatchKey("m", "", "a", spec(1), (("p", value),)) for value in (True, 1, 1.0))
+    assert len({true, one, real}) == 3
