@@ -1,0 +1,111 @@
+"""Stand-ins at the router's seams: a backend that answers when the test says so, and a reply that remembers."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from router.core.batch import merge
+from router.core.types import Batch, BatchAnswer, Outputs, Part, Tensor
+from router.errors import BackendError, RouterError
+
+
+def double(batch: Batch) -> Outputs:
+    """The fake model: twice the first value of each row."""
+    matrix = np.frombuffer(merge(batch)[0], "<f4").reshape(batch.rows, -1)
+    return (Tensor("output", "FP32", (batch.rows,), (2 * matrix[:, 0]).astype("<f4").tobytes()),)
+
+
+@dataclass(eq=False)
+class Sent:
+    """One batch at the backend; it hangs until the test answers or fails it."""
+
+    batch: Batch
+    at: float
+    future: asyncio.Future[Outputs]
+
+    @property
+    def values(self) -> list[float]:
+        matrix = np.frombuffer(merge(self.batch)[0], "<f4").reshape(self.batch.rows, -1)
+        return [float(value) for value in matrix[:, 0]]
+
+    def answer(self, outputs: Outputs | None = None) -> None:
+        self.future.set_result(double(self.batch) if outputs is None else outputs)
+
+    def fail(self, error: BackendError) -> None:
+        self.future.set_exception(error)
+
+
+class FakeBackend:
+    """A pool.Backend. `service_s`: answer by itself after so many virtual seconds; None: hang."""
+
+    def __init__(self, address: str = "fake:1", *, service_s: float | None = None, is_ready: bool = True) -> None:
+        self.address = address
+        self.in_flight = 0
+        self.most_in_flight = 0
+        self.sent: list[Sent] = []
+        self.is_closed = False
+        self._service_s = service_s
+        self._is_ready = is_ready
+        self._on_change: Callable[[], None] = lambda: None
+
+    @property
+    def is_ready(self) -> bool:
+        return self._is_ready
+
+    def set_ready(self, *, is_ready: bool) -> None:
+        self._is_ready = is_ready
+        self._on_change()
+
+    def start(self, on_change: Callable[[], None]) -> None:
+        self._on_change = on_change
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+
+    async def infer(self, batch: Batch) -> BatchAnswer:
+        loop = asyncio.get_running_loop()
+        sent = Sent(batch, loop.time(), loop.create_future())
+        self.sent.append(sent)
+        if self._service_s is not None:
+            loop.call_later(self._service_s, sent.answer)
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            outputs = await sent.future
+        finally:
+            self.in_flight -= 1
+        return BatchAnswer(outputs, batch.id, batch.rows, self.address, sent.at, loop.time())
+
+
+@dataclass(eq=False)
+class RecordingReply:
+    """A dataplane.Reply: values by (block, row), failures by (block, row), the error that closed the call."""
+
+    values: dict[tuple[int, int], float] = field(default_factory=dict)
+    failures: dict[tuple[int, int], RouterError] = field(default_factory=dict)
+    closed_by: RouterError | None = None
+    ended_at: float | None = None
+
+    def answered(self, part: Part, answer: BatchAnswer, offset: int, *, is_last: bool) -> None:
+        rows = np.frombuffer(answer.outputs[0].rows(offset, part.rows), "<f4").tolist()
+        first = part.block.first_row + part.first
+        for number, value in enumerate(rows):
+            assert (part.block.index, first + number) not in self.values
+            self.values[part.block.index, first + number] = value
+        self._end(is_last=is_last)
+
+    def failed(self, index: int, first_row: int, rows: int, error: RouterError, *, is_last: bool) -> None:
+        for number in range(rows):
+            self.failures[index, first_row + number] = error
+        self._end(is_last=is_last)
+
+    def closed(self, error: RouterError) -> None:
+        self.closed_by = error
+        self._end(is_last=True)
+
+    def _end(self, *, is_last: bool) -> None:
+        assert self.ended_at is None, "told after the end"
+        if is_last:
+            self.ended_at = asyncio.get_running_loop().time()

@@ -1,0 +1,153 @@
+"""Settings: defaults, file, environment, and messages that name the field."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from router.config import ConfigError, load
+
+DESIGNED_DEFAULTS = {
+    "listen": "127.0.0.1:50051",
+    "metrics": "127.0.0.1:9091",
+    "default_timeout_s": 60,
+    "max_timeout_s": 600,
+    "batch_timeout_s": 60,
+    "drain_delay_s": 3,
+    "drain_timeout_s": 30,
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(text: str) -> Path:
+    path = Path("given.yaml")
+    path.write_text(text)
+    return path
+
+
+def test_without_a_file_the_defaults_serve_every_model_from_one_local_backend() -> None:
+    settings = load()
+    shown = yaml.safe_load(settings.to_yaml())
+    assert DESIGNED_DEFAULTS.items() <= shown.items()
+    assert shown["backends"] == {"mock": {"addresses": ["127.0.0.1:50061"], "protocol": "stream", "max_in_flight": 4}}
+    model = settings.route("any", "thing")
+    assert model is not None
+    assert (model.backend, model.max_batch_size, model.max_batch_bytes) == ("mock", 64, 8388608)
+    assert model.max_queue_delay_s == 0.002
+
+
+def test_what_is_printed_is_a_file_that_gives_the_same() -> None:
+    settings = load()
+    assert load(write(settings.to_yaml())) == settings
+
+
+def test_router_yaml_in_the_current_directory_is_found() -> None:
+    Path("router.yaml").write_text("listen: 127.0.0.1:1\nbackends: {x: {addresses: [h:2]}}\nmodels: [{backend: x}]")
+    assert load().listen == "127.0.0.1:1"
+
+
+def test_the_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write("backends: {mock: {addresses: [h:1], max_in_flight: 9}}\nmodels: [{backend: mock}]")
+    monkeypatch.setenv("ROUTER_BACKENDS__MOCK__ADDRESSES", '["mock_nn:50061"]')
+    monkeypatch.setenv("ROUTER_LIMITS__MAX_KEYS", "7")
+    settings = load(path)
+    assert settings.backends["mock"].addresses == ["mock_nn:50061"]
+    assert settings.backends["mock"].max_in_flight == 9
+    assert settings.limits.max_keys == 7
+
+
+def test_the_environment_alone_changes_the_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROUTER_BACKENDS__MOCK__ADDRESSES", '["a:1", "b:2"]')
+    assert load().backends["mock"].addresses == ["a:1", "b:2"]
+
+
+def test_the_first_model_that_matches_wins_and_none_means_not_served() -> None:
+    settings = load(
+        write("""
+backends: {one: {addresses: ["h:1"]}, two: {addresses: ["h:2"]}}
+models:
+  - {match: {model_name: "churn-*", agent_type: buyer}, backend: one}
+  - {match: {model_name: "churn-?"}, backend: two}
+""")
+    )
+    first, second = settings.route("churn-10", "buyer"), settings.route("churn-1", "seller")
+    assert first is not None
+    assert second is not None
+    assert (first.backend, second.backend) == ("one", "two")
+    assert settings.route("churn-10", "seller") is None
+    assert settings.route("Churn-1", "seller") is None
+
+
+BASE = "backends: {mock: {addresses: ['h:1']}}\nmodels: [{backend: mock}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("listen: [", "given.yaml is not YAML"),
+        ("- a list", "expected a map of settings, found list"),
+        ("", "expected a map of settings, found NoneType"),
+        ("models: [{backend: mock}]", "backends: Field required"),
+        ("backends: {mock: {addresses: []}}\nmodels: [{backend: mock}]", "backends.mock.addresses: "),
+        (
+            "backends: {mock: {addresses: ['h']}}\nmodels: [{backend: mock}]",
+            "backends.mock.addresses.0: 'h' is not HOST:PORT",
+        ),
+        ("backends: {mock: {addresses: ['dns:///h:1']}}\nmodels: [{backend: mock}]", "is not HOST:PORT"),
+        ("backends: {mock: {addresses: ['h:99999']}}\nmodels: [{backend: mock}]", "no port from 0 to 65535"),
+        (
+            "backends: {mock: {addresses: ['h:1'], protocol: unary}}\nmodels: [{backend: mock}]",
+            "backends.mock.protocol: ",
+        ),
+        ("backends: {mock: {addresses: ['h:1'], max_in_flight: -1}}\nmodels: [{backend: mock}]", "max_in_flight: "),
+        (
+            "backends: {mock: {addresses: ['h:1']}}\nmodels: [{backend: other}]",
+            "models.0.backend: no backend 'other', there are: mock",
+        ),
+        ("backends: {mock: {addresses: ['h:1']}}\nmodels: []", "models: "),
+        (BASE + "lisen: 127.0.0.1:1", "lisen: Extra inputs are not permitted"),
+        (BASE + "default_timeout_s: 0", "default_timeout_s: Input should be greater than 0"),
+        (BASE + "max_timeout_s: .nan", "max_timeout_s: "),
+        (BASE + "limits: {max_keys: 0}", "limits.max_keys: "),
+        (BASE + "limits: {max_kees: 1}", "limits.max_kees: "),
+        (BASE + "log_requests: some", "log_requests: "),
+        (
+            "backends: {mock: {addresses: ['h:1']}}\nmodels: [{backend: mock, max_batch_size: 0}]",
+            "models.0.max_batch_size: ",
+        ),
+        (
+            "backends: {mock: {addresses: ['h:1']}}\nmodels: [{backend: mock, max_queue_delay_s: -1}]",
+            "models.0.max_queue_delay_s: ",
+        ),
+        (
+            "backends: {mock: {addresses: ['h:1']}}\nmodels: [{backend: mock, max_batch_sise: 1}]",
+            "models.0.max_batch_sise: ",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_named(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as wrong:
+        load(write(text))
+    assert message in str(wrong.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load(Path("nowhere.yaml"))
+
+
+def test_broken_json_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROUTER_BACKENDS", "{")
+    with pytest.raises(ConfigError, match="backends"):
+        load()
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as wrong:
+        load(write(BASE + "listen: x\nmetrics: y"))
+    assert len(str(wrong.value).splitlines()) == 2

@@ -1,0 +1,474 @@
+"""The data path from open call to answer, in virtual time: data plane, batchers and pool with fake replicas."""
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from router.config import Settings
+from router.core.types import BatchAnswer, BatchKey, Block, Part, Tensor
+from router.dataplane import Call, DataPlane
+from router.dispatch.pool import ReplicaPool
+from router.errors import (
+    BackendError,
+    BackendExhausted,
+    BatchTimeout,
+    DeadlineExceeded,
+    InternalError,
+    InvalidArgument,
+    Malformed,
+    ModelFailed,
+    NotFound,
+    Refused,
+    ResourceExhausted,
+    StreamLost,
+    Unavailable,
+)
+from router.metrics import Metrics
+from tests.builders import make_block, make_key
+from tests.unit.router.fakes import FakeBackend, RecordingReply
+
+pytestmark = pytest.mark.anyio
+
+
+class Plane:
+    """A data plane over fake replicas, with a short way to make calls."""
+
+    def __init__(
+        self, replicas: Sequence[FakeBackend], model: dict[str, Any], limits: dict[str, int], slots: int
+    ) -> None:
+        settings = Settings(
+            backends={"fake": {"addresses": ["fake:1"], "max_in_flight": slots}},  # type: ignore[dict-item]
+            models=[{"backend": "fake", "max_batch_size": 4, "max_queue_delay_s": 0, **model}],  # type: ignore[list-item]
+            limits=limits,  # type: ignore[arg-type]
+        )
+        self.metrics = Metrics()
+        self.pool = ReplicaPool(replicas, slots)
+        self.pool.start()
+        self.plane = DataPlane(settings, {"fake": self.pool}, self.metrics)
+        self.loop = asyncio.get_running_loop()
+
+    def call(self, *blocks: Sequence[float] | tuple[BatchKey, Sequence[float]], timeout_s: float = 60.0) -> "Caller":
+        return Caller(self, blocks, timeout_s)
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+class Caller:
+    """One call of blocks; a block is its rows' values, for the default key or with a key of its own."""
+
+    def __init__(self, plane: Plane, blocks: Sequence[Any], timeout_s: float) -> None:
+        keyed = [
+            block if isinstance(block, tuple) and isinstance(block[0], BatchKey) else (make_key(), block)
+            for block in blocks
+        ]
+        self.reply = RecordingReply()
+        rows = sum(len(values) for _, values in keyed)
+        self.call: Call = plane.plane.open(self.reply, rows, timeout_s)
+        now = plane.loop.time()
+        plane.plane.infer(
+            self.call, [self._block(i, key, values, now, now + timeout_s) for i, (key, values) in enumerate(keyed)]
+        )
+
+    def _block(self, index: int, key: BatchKey, values: Sequence[float], now: float, deadline: float) -> Block:
+        plain = make_block(*values, key=key)
+        return Block(key, index, 0, plain.rows, plain.inputs, plain.row_bytes, now, deadline, self.call)
+
+    @property
+    def values(self) -> list[float]:
+        return [self.reply.values[place] for place in sorted(self.reply.values)]
+
+
+@asynccontextmanager
+async def plane_of(
+    *replicas: FakeBackend, model: dict[str, Any] | None = None, limits: dict[str, int] | None = None, slots: int = 1
+) -> AsyncIterator[Plane]:
+    """A plane that must end empty: no call open, no row queued, nothing in flight, no task left."""
+    before = asyncio.all_tasks()
+    plane = Plane(replicas, model or {}, limits or {}, slots)
+    yield plane
+    await plane.plane.aclose()
+    await plane.pool.aclose()
+    assert "0 open calls" in repr(plane.plane)
+    assert "0 rows queued" in repr(plane.plane)
+    assert all(replica.in_flight == 0 for replica in replicas)
+    assert asyncio.all_tasks() == before
+
+
+async def settle() -> None:
+    """Let everything happen that needs no time."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_rows_of_several_callers_share_a_batch_and_each_gets_its_own_answers() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        first, second = plane.call([1, 2]), plane.call([3])
+        await settle()
+        assert [sent.values for sent in backend.sent] == [[1, 2, 3]]
+        backend.sent[0].answer()
+        await settle()
+        assert first.values == [2, 4]
+        assert second.values == [6]
+        assert plane.count("router_rows_total") == 3
+        assert plane.count("router_batches_total", backend="fake", outcome="answered") == 1
+        assert plane.count("router_batch_rows_sum", backend="fake") == 3
+
+
+async def test_a_batch_is_formed_when_a_slot_takes_it_and_not_before() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        plane.call([1])
+        await settle()
+        for value in (2, 3, 4):
+            plane.call([value])
+            await asyncio.sleep(1)
+        assert [sent.values for sent in backend.sent] == [[1]]
+        backend.sent[0].answer()
+        await settle()
+        assert [sent.values for sent in backend.sent] == [[1], [2, 3, 4]]
+        backend.sent[1].answer()
+
+
+async def test_a_call_larger_than_a_batch_is_split_and_its_last_batch_filled_by_the_next_call() -> None:
+    backend = FakeBackend(service_s=1.0)
+    async with plane_of(backend) as plane:
+        large, small = plane.call(range(6)), plane.call([10, 11, 12])
+        await asyncio.sleep(10)
+        assert [sent.values for sent in backend.sent] == [[0, 1, 2, 3], [4, 5, 10, 11], [12]]
+        assert large.values == [0, 2, 4, 6, 8, 10]
+        assert small.values == [20, 22, 24]
+
+
+async def test_different_keys_never_mix_and_take_the_models_slots_in_turn() -> None:
+    backend = FakeBackend(service_s=1.0)
+    async with plane_of(backend) as plane:
+        one, two = make_key(agent_type="one"), make_key(agent_type="two")
+        plane.call((one, range(12)))
+        plane.call((two, [100, 101]))
+        caller = plane.call((one, [12]), (two, [102]))
+        await asyncio.sleep(10)
+        assert [sent.batch.key.agent_type for sent in backend.sent] == ["one", "one", "two", "one", "one"]
+        assert [len(sent.values) for sent in backend.sent] == [4, 4, 3, 4, 1]
+        assert caller.reply.values == {(0, 0): 24.0, (1, 0): 204.0}
+
+
+async def test_models_have_slots_of_their_own() -> None:
+    backend = FakeBackend(service_s=1.0)
+    async with plane_of(backend, slots=2) as plane:
+        for _ in range(3):
+            plane.call((make_key(model="slow"), [1, 2, 3, 4]))
+        plane.call((make_key(model="other"), [1]))
+        await settle()
+        assert [sent.batch.key.model_name for sent in backend.sent] == ["slow", "slow", "other"]
+        await asyncio.sleep(5)
+        assert backend.most_in_flight == 3
+
+
+async def test_batches_go_to_the_replica_with_the_least_in_flight() -> None:
+    one, two = FakeBackend("one:1", service_s=1.0), FakeBackend("two:1", service_s=1.0)
+    async with plane_of(one, two, slots=2) as plane:
+        plane.call(range(16))
+        await asyncio.sleep(5)
+        assert (len(one.sent), len(two.sent)) == (2, 2)
+
+
+async def test_an_idle_model_with_a_known_service_time_waits_for_a_burst() -> None:
+    backend = FakeBackend(service_s=5.0)
+    async with plane_of(backend, model={"max_queue_delay_s": 0.002}) as plane:
+        plane.call([1])
+        await asyncio.sleep(10)
+        plane.call([2])
+        await asyncio.sleep(0.001)
+        plane.call([3])
+        await asyncio.sleep(0.0005)
+        assert len(backend.sent) == 1
+        await asyncio.sleep(0.0006)
+        assert [sent.values for sent in backend.sent] == [[1], [2, 3]]
+        await asyncio.sleep(10)
+
+
+async def test_a_hold_for_an_idle_model_lapses_when_another_key_takes_a_slot() -> None:
+    backend = FakeBackend(service_s=5.0)
+    async with plane_of(backend, model={"max_queue_delay_s": 0.1}, slots=2) as plane:
+        held, other = make_key(agent_type="held"), make_key(agent_type="other")
+        plane.call((held, [1]))
+        await asyncio.sleep(10)
+        plane.call((held, [2]))
+        await asyncio.sleep(0.01)
+        assert len(backend.sent) == 1
+        plane.call((other, [3]))
+        await settle()
+        assert [sent.values for sent in backend.sent] == [[1], [3], [2]]
+        await asyncio.sleep(10)
+
+
+async def test_a_backend_without_slot_limit_is_fed_by_a_plain_window() -> None:
+    backend = FakeBackend(service_s=5.0)
+    async with plane_of(backend, model={"max_queue_delay_s": 0.02, "max_batch_size": 64}, slots=0) as plane:
+        for value in range(50):
+            plane.call([value])
+            await asyncio.sleep(0.0011)
+        await asyncio.sleep(20)
+        assert [len(sent.values) for sent in backend.sent] == [19, 19, 12]
+        assert backend.most_in_flight == 3
+
+
+async def test_a_row_waiting_at_its_deadline_is_answered_then_and_never_sent() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        plane.call([1])
+        await settle()
+        late = plane.call([2], timeout_s=0.5)
+        patient = plane.call([3])
+        await asyncio.sleep(1)
+        assert isinstance(late.reply.closed_by, DeadlineExceeded)
+        assert late.reply.ended_at == 0.5
+        backend.sent[0].answer()
+        await settle()
+        assert backend.sent[1].values == [3]
+        backend.sent[1].answer()
+        await settle()
+        assert patient.values == [6]
+
+
+async def test_a_deadline_in_flight_ends_the_call_and_the_batch_goes_on_for_its_neighbours() -> None:
+    backend = FakeBackend(service_s=2.0)
+    async with plane_of(backend) as plane:
+        late, patient = plane.call([1], timeout_s=1.0), plane.call([2])
+        await asyncio.sleep(3)
+        assert late.reply.ended_at == 1.0
+        assert late.values == []
+        assert patient.values == [4]
+        assert len(backend.sent) == 1
+
+
+async def test_a_deadline_keeps_the_rows_that_were_answered_and_drops_those_that_wait_elsewhere() -> None:
+    fast, slow = make_key(model="fast"), make_key(model="slow")
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        plane.call((slow, [9]))
+        both = plane.call((fast, [1]), (slow, [2]), timeout_s=5.0)
+        await settle()
+        next(sent for sent in backend.sent if sent.batch.key == fast).answer()
+        await asyncio.sleep(6)
+        assert both.reply.values == {(0, 0): 2.0}
+        assert isinstance(both.reply.closed_by, DeadlineExceeded)
+        assert "0 rows queued" in repr(plane.plane)
+
+
+async def test_a_cancelled_call_leaves_the_queue_and_its_neighbours_are_unharmed() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        in_flight, neighbour = plane.call([1]), plane.call([2])
+        await settle()
+        waiting, waiting_neighbour = plane.call([3]), plane.call([4])
+        in_flight.call.cancel()
+        waiting.call.cancel()
+        assert "1 rows queued" in repr(plane.plane)
+        backend.sent[0].answer()
+        await settle()
+        backend.sent[1].answer()
+        await settle()
+        assert backend.sent[1].values == [4]
+        assert neighbour.values == [4]
+        assert waiting_neighbour.values == [8]
+        assert (in_flight.values, waiting.values) == ([], [])
+        assert in_flight.reply.ended_at is None
+
+
+async def test_a_lost_batch_runs_again_on_another_replica() -> None:
+    one, two = FakeBackend("one:1"), FakeBackend("two:1")
+    async with plane_of(one, two) as plane:
+        caller = plane.call([1, 2])
+        await settle()
+        one.sent[0].fail(StreamLost("gone"))
+        await settle()
+        assert two.sent[0].values == [1, 2]
+        two.sent[0].answer()
+        await settle()
+        assert caller.values == [2, 4]
+        assert plane.count("router_requeued_rows_total", backend="fake") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (StreamLost("gone"), Unavailable),
+        (BatchTimeout("slow"), Unavailable),
+        (BackendExhausted("full"), ResourceExhausted),
+    ],
+)
+async def test_rows_fail_after_their_third_attempt(error: BackendError, told: type[Exception]) -> None:
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        caller = plane.call([1])
+        for attempt in range(3):
+            await asyncio.sleep(1)
+            assert len(backend.sent) == attempt + 1
+            backend.sent[attempt].fail(error)
+        await asyncio.sleep(5)
+        assert len(backend.sent) == 3
+        assert isinstance(caller.reply.failures[0, 0], told)
+
+
+async def test_a_replica_that_failed_pauses_before_it_gets_the_rows_again() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        plane.call([1])
+        await settle()
+        backend.sent[0].fail(StreamLost("gone"))
+        await asyncio.sleep(0.037)
+        assert len(backend.sent) == 1
+        await asyncio.sleep(0.026)
+        assert len(backend.sent) == 2
+        backend.sent[1].answer()
+
+
+async def test_a_models_failure_pauses_the_replica_for_that_model_only() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        plane.call((make_key(model="sick"), [1]))
+        await settle()
+        backend.sent[0].fail(BackendExhausted("full"))
+        plane.call((make_key(model="well"), [2]))
+        await settle()
+        assert [sent.batch.key.model_name for sent in backend.sent] == ["sick", "well"]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (Refused("bad row", InvalidArgument), InvalidArgument),
+        (Refused("unknown", NotFound), NotFound),
+        (Refused("boom"), ModelFailed),
+        (Malformed("short"), ModelFailed),
+    ],
+)
+async def test_a_models_own_error_reaches_every_row_of_the_batch_at_once(
+    error: BackendError, told: type[Exception]
+) -> None:
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        callers = [plane.call([1]), plane.call([2, 3])]
+        await settle()
+        backend.sent[0].fail(error)
+        await settle()
+        errors = [error for caller in callers for error in caller.reply.failures.values()]
+        assert [(type(one), one.message) for one in errors] == [(told, error.message)] * 3
+        assert len(backend.sent) == 1
+
+
+async def test_an_answer_with_a_row_too_few_fails_the_batch_and_shifts_nothing() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        caller = plane.call([1, 2, 3])
+        await settle()
+        backend.sent[0].answer((Tensor("output", "FP32", (2,), bytes(8)),))
+        await settle()
+        assert caller.values == []
+        assert "shape [2] for a batch of 3 rows" in caller.reply.failures[0, 2].message
+
+
+async def test_without_a_replica_rows_wait_for_one_and_that_is_no_attempt() -> None:
+    backend = FakeBackend(is_ready=False)
+    async with plane_of(backend) as plane:
+        patient, impatient = plane.call([1]), plane.call([2], timeout_s=3.0)
+        await asyncio.sleep(20)
+        assert backend.sent == []
+        assert isinstance(impatient.reply.closed_by, DeadlineExceeded)
+        backend.set_ready(is_ready=True)
+        await settle()
+        assert backend.sent[0].values == [1]
+        assert backend.sent[0].batch.parts[0].attempts == 0
+        backend.sent[0].answer()
+        await settle()
+        assert patient.values == [2]
+
+
+async def test_a_bug_in_one_replys_code_does_not_cost_the_neighbours_their_answers() -> None:
+    class Broken(RecordingReply):
+        def answered(self, part: Part, answer: BatchAnswer, offset: int, *, is_last: bool) -> None:
+            raise ZeroDivisionError
+
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        broken = plane.call([1])
+        broken.reply.__class__ = Broken
+        neighbour = plane.call([2])
+        await settle()
+        backend.sent[0].answer()
+        await settle()
+        assert isinstance(broken.reply.failures[0, 0], InternalError)
+        assert neighbour.values == [4]
+
+
+async def test_past_the_queues_bound_a_block_is_refused_with_a_time_to_retry_and_counted() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend, limits={"max_queued_rows": 5}) as plane:
+        plane.call([0])
+        await settle()
+        plane.call([1, 2, 3])
+        refused = plane.call([4, 5, 6], (make_key(model="other"), [7]))
+        error = refused.reply.failures[0, 0]
+        assert isinstance(error, ResourceExhausted)
+        assert error.retry_after_s == 1.0
+        await settle()
+        assert backend.sent[1].values == [7]
+        assert plane.count("router_refusals_total", reason="queue_rows") == 3
+
+
+async def test_past_the_bound_of_keys_a_new_key_is_refused_until_an_idle_one_is_forgotten() -> None:
+    backend = FakeBackend(service_s=1.0)
+    async with plane_of(backend, limits={"max_keys": 2, "key_idle_s": 600}) as plane:
+        plane.call((make_key(model="a"), [1]))
+        plane.call((make_key(model="b"), [1]))
+        refused = plane.call((make_key(model="c"), [1]))
+        error = refused.reply.failures[0, 0]
+        assert isinstance(error, ResourceExhausted)
+        assert error.reason == "keys"
+        await asyncio.sleep(599)
+        assert "2 keys" in repr(plane.plane)
+        await asyncio.sleep(100)
+        assert "0 keys" in repr(plane.plane)
+        later = plane.call((make_key(model="c"), [1]))
+        await asyncio.sleep(2)
+        assert later.values == [2]
+
+
+async def test_a_leaving_router_refuses_new_calls_and_finishes_the_open_ones() -> None:
+    backend = FakeBackend(service_s=1.0)
+    async with plane_of(backend) as plane:
+        accepted = plane.call(range(8))
+        plane.plane.refuse_new()
+        with pytest.raises(Unavailable) as refused:
+            plane.call([1])
+        assert refused.value.retry_after_s == 1.0
+        await plane.plane.wait_until_idle()
+        assert accepted.reply.ended_at == 2.0
+        assert len(accepted.values) == 8
+
+
+async def test_closing_fails_what_is_still_open() -> None:
+    async with plane_of(FakeBackend()) as plane:
+        flying, waiting = plane.call([1]), plane.call([2])
+        await settle()
+        await plane.plane.aclose()
+        assert isinstance(flying.reply.closed_by, Unavailable)
+        assert isinstance(waiting.reply.closed_by, Unavailable)
+
+
+async def test_an_idle_key_takes_its_slots_with_it() -> None:
+    backend = FakeBackend(service_s=1.0)
+    async with plane_of(backend, limits={"key_idle_s": 600}) as plane:
+        plane.call([1])
+        await asyncio.sleep(700)
+        gc.collect()
+        plane.call([1])
+        await asyncio.sleep(2)
+        assert len(backend.sent) == 2
