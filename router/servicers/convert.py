@@ -18,7 +18,7 @@ from router.errors import InvalidArgument, ModelFailed, NotFound, RouterError
 # Taken off a gRPC deadline, so that our own answer still arrives in time.
 GRPC_DEADLINE_MARGIN_S = 0.020
 # Bad rows that are told apart in one block; past it the block is refused whole.
-MAX_BAD_RUNS = 1024
+MAX_BAD_ROWS = 1024
 FLOAT32 = np.dtype("<f4")
 
 _CASTABLE = {
@@ -117,7 +117,7 @@ def timeout_s(asked_s: float | None, rpc_s: float | None, settings: Settings) ->
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive rows of a block that are all good (error None) or all bad."""
+    """Consecutive good rows of a block (error None), or one bad row."""
 
     first: int
     rows: int
@@ -143,15 +143,17 @@ def check_size(vectors: bytes, rows: int, dim: int) -> None:
 
 
 def finite_runs(vectors: bytes, rows: int, dim: int) -> list[Run]:
-    """Tell rows with a NaN or an infinity from the rest; a bad run's message names its first bad value."""
+    """Tell rows with a NaN or an infinity from the rest; a bad row's message names its first bad value."""
     finite = np.isfinite(np.frombuffer(vectors, FLOAT32))
     if finite.all():
         return [Run(0, rows, None)]
     matrix = finite.reshape(rows, dim)
     is_good = np.logical_and.reduce(matrix, axis=1)
-    starts = [0, *(np.flatnonzero(is_good[1:] != is_good[:-1]) + 1).tolist()]
-    if len(starts) > MAX_BAD_RUNS:
-        raise InvalidArgument(f"more than {MAX_BAD_RUNS // 2} separate rows hold NaN or infinity")
+    bad_rows = len(is_good) - int(np.count_nonzero(is_good))
+    if bad_rows > MAX_BAD_ROWS:
+        raise InvalidArgument(f"{bad_rows} rows hold NaN or infinity; more than {MAX_BAD_ROWS} are not told apart")
+    begins = ~is_good[1:] | ~is_good[:-1]
+    starts = [0, *(np.flatnonzero(begins) + 1).tolist()]
     ends = [*starts[1:], rows]
     values = np.frombuffer(vectors, FLOAT32).reshape(rows, dim)
     return [

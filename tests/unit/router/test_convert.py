@@ -154,7 +154,8 @@ def test_bad_rows_are_told_apart_and_good_ones_go_on_unchanged(rows: list[list[f
     told = [run.error is None for run in runs for _ in range(run.rows)]
     assert told == [all(math.isfinite(value) for value in row) for row in rows]
     assert [run.first for run in runs] == np.cumsum([0, *(run.rows for run in runs[:-1])]).tolist()
-    assert all((one.error is None) != (two.error is None) for one, two in itertools.pairwise(runs))
+    assert all(run.rows == 1 for run in runs if run.error is not None)
+    assert not any(one.error is None and two.error is None for one, two in itertools.pairwise(runs))
 
 
 def test_a_bad_rows_message_names_the_value() -> None:
@@ -163,10 +164,14 @@ def test_a_bad_rows_message_names_the_value() -> None:
     assert bad.error.message == "vector[1] is inf; every value must be finite as a float32"
 
 
-def test_a_block_full_of_scattered_bad_rows_is_refused_whole() -> None:
-    vectors = np.tile(np.array([0, math.nan], "<f4"), 10_000).tobytes()
-    with pytest.raises(InvalidArgument, match="more than 512 separate rows hold NaN or infinity"):
-        convert.finite_runs(vectors, 20_000, 1)
+@pytest.mark.parametrize(("bad_rows", "is_refused"), [(1024, False), (1025, True)])
+def test_a_block_full_of_bad_rows_is_refused_whole(bad_rows: int, is_refused: bool) -> None:
+    vectors = np.tile(np.array([0, math.nan], "<f4"), bad_rows).tobytes()
+    if not is_refused:
+        assert len(convert.finite_runs(vectors, 2 * bad_rows, 1)) == 2 * bad_rows
+        return
+    with pytest.raises(InvalidArgument, match="1025 rows hold NaN or infinity"):
+        convert.finite_runs(vectors, 2 * bad_rows, 1)
 
 
 def test_good_runs_become_blocks_in_the_callers_coordinates(settings: Settings) -> None:
