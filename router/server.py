@@ -8,6 +8,7 @@ end and connections close.
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Callable
 
 import grpc.aio
@@ -45,6 +46,18 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
+
+
+def _try_address(listen: str) -> None:
+    """Bind it once ourselves: gRPC keeps the operating system's reason to itself."""
+    host, _, port = listen.rpartition(":")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise StartError(f"cannot listen on {listen}: {error.strerror}") from error
 
 
 class RouterServer:
@@ -87,11 +100,13 @@ class RouterServer:
         logger.info("router listens on %s", self.address)
 
     def _bind(self) -> None:
+        listen = self._settings.listen
+        _try_address(listen)
         try:
-            port = self._server.add_insecure_port(self._settings.listen)
+            port = self._server.add_insecure_port(listen)
         except RuntimeError as error:
-            raise StartError(f"cannot listen on {self._settings.listen}: is the port in use?") from error
-        self.address = f"{self._settings.listen.rpartition(':')[0]}:{port}"
+            raise StartError(f"cannot listen on {listen}: gRPC could not bind it") from error
+        self.address = f"{listen.rpartition(':')[0]}:{port}"
 
     def _serve_metrics(self) -> None:
         if self._settings.metrics is None:

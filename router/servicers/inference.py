@@ -77,16 +77,14 @@ class InferenceServicer(pb_grpc.InferenceRouterServiceServicer):
             await self._infer(request, context.time_remaining(), reply)
             response = reply.response()
         except RouterError as error:
-            self._record(reply, error)
-            return await _abort(context, to_proto(error))
+            return await self._fail(reply, error, context)
         except asyncio.CancelledError:
-            self._record(reply, Cancelled("cancelled by the client"))
+            self._record(reply, status_of(Cancelled("")).name, "cancelled by the client")
             raise
         except Exception:
             logger.exception("request %s failed inside the router; this is a bug", reply.request_id)
-            self._record(reply, InternalError())
-            return await _abort(context, to_proto(InternalError()))
-        self._record(reply, reply.first_error)
+            return await self._fail(reply, InternalError(), context)
+        self._record_answered(reply)
         common = _common_error(response)
         return await _abort(context, common) if common else response
 
@@ -114,17 +112,25 @@ class InferenceServicer(pb_grpc.InferenceRouterServiceServicer):
         finally:
             call.cancel()
 
-    def _record(self, reply: "_UnaryReply", error: RouterError | None) -> None:
-        code = OK if error is None else status_of(error).name
-        if error is not None and reply.outputs:
-            code = PARTIAL
+    async def _fail(self, reply: "_UnaryReply", error: RouterError, context: UnaryContext) -> pb.PredictResponse:
+        self._record(reply, status_of(error).name, error.message)
+        return await _abort(context, to_proto(error))
+
+    def _record_answered(self, reply: "_UnaryReply") -> None:
+        error = reply.first_error
+        if error is None:
+            self._record(reply, OK)
+        else:
+            self._record(reply, PARTIAL if reply.outputs else status_of(error).name, error.message)
+
+    def _record(self, reply: "_UnaryReply", code: str, detail: str = "") -> None:
         self._around.access.record(
             METHOD,
             code,
             request_id=reply.request_id,
             rows=len(reply.request.agents),
             started=reply.started,
-            detail=error.message if error else "",
+            detail=detail,
         )
 
 

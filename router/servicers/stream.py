@@ -245,6 +245,7 @@ class _StreamReply:
         """The client wants no further answer."""
         if self._call is not None:
             self._call.cancel()
+        self._failed_rows = self._rows
         self._record(Cancelled("cancelled by the client"))
 
     # -- dataplane.Reply ---------------------------------------------------------------------------------------------

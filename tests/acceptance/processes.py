@@ -1,0 +1,85 @@
+"""Whole programs as a user starts them, told apart by their stderr; every wait is for a line or for an exit."""
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 30
+
+
+class Program:
+    """A running program; its stderr is read as it comes."""
+
+    def __init__(self, arguments: list[str], environment: Mapping[str, str] | None = None) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._arriving: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._arriving.put(line.rstrip("\n"))
+        self._arriving.put(None)
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """The next line of stderr that matches."""
+        while (line := self._arriving.get(timeout=PATIENCE_S)) is not None:
+            self.lines.append(line)
+            if match := re.search(pattern, line):
+                return match
+        raise AssertionError(f"ended without a line like {pattern!r}:\n" + "\n".join(self.lines))
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """The exit code; all of stderr is in `lines` then."""
+        code = self._process.wait(timeout=PATIENCE_S)
+        while (line := self._arriving.get(timeout=PATIENCE_S)) is not None:
+            self.lines.append(line)
+        return code
+
+    def stdout(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.read()
+
+    def end(self) -> None:
+        """Whatever happened: nothing of it stays."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join()
+        for pipe in (self._process.stdout, self._process.stderr):
+            if pipe:
+                pipe.close()
+
+
+@contextmanager
+def running(*arguments: str, **environment: str) -> Iterator[Program]:
+    """A program for the length of a block."""
+    program = Program(list(arguments), environment)
+    try:
+        yield program
+    finally:
+        program.end()
