@@ -19,4 +19,4 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="package", autouse=True)
 async def _one_loop(anyio_backend: str) -> AsyncIterator[None]:
     """AnyIO keeps the loop for as long as an async fixture of this scope lives."""
-    yield
+    yield  # noqa: PT022 -- a fixture that returns would not keep it
