@@ -50,6 +50,13 @@ class Program:
                 return match
         raise AssertionError(f"ended without a line like {pattern!r}:\n" + "\n".join(self.lines))
 
+    def lines_so_far(self) -> list[str]:
+        """Everything on stderr until now."""
+        while not self._arriving.empty():
+            if (line := self._arriving.get()) is not None:
+                self.lines.append(line)
+        return self.lines
+
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 

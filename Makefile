@@ -1,0 +1,60 @@
+# The first target that needs .venv makes it; `make help` tells the rest.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+LOCK_ARGS ?=
+BIN := .venv/bin
+VENV := .venv/.synced
+
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install run test check format protos lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV) ## create or update .venv from requirements-dev.txt (PYTHON=python3.12 to choose)
+
+$(VENV): requirements-dev.txt tools/venv.sh tools/uv.sh
+	@echo "making .venv from requirements-dev.txt"
+	@tools/venv.sh
+
+install: $(VENV) ## install the project itself into .venv, editable
+	tools/uv.sh pip install --no-deps --editable .
+
+# The launcher leaves with 0 after Ctrl-C. A terminal's Ctrl-C reaches make, too: it waits for the launcher, says
+# nothing and ends by the signal, as any interrupted command does.
+run: $(VENV) ## start mock, router and gateway; Ctrl-C drains and stops them
+	@$(BIN)/python tools/run.py
+
+test: $(VENV) ## run all tests; PYTEST_ARGS="-k batch -x" for some
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV) ## lint, format, types, imports, generated code, protos, requirements; writes nothing
+	$(BIN)/ruff check --no-cache --quiet
+	$(BIN)/ruff format --no-cache --check --quiet
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config importlinter.toml --no-cache --no-logo
+	$(BIN)/python tools/generate_protos.py --check
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	$(BIN)/buf breaking --against protos/baseline.binpb
+	$(BIN)/python tools/check_requirements.py
+
+format: $(VENV) ## let ruff and buf rewrite what they can
+	$(BIN)/ruff check --fix-only --quiet
+	$(BIN)/ruff format
+	$(BIN)/buf format --write
+
+protos: $(VENV) ## generate the Python code of protos/
+	$(BIN)/python tools/generate_protos.py
+
+lock: $(VENV) ## resolve both requirement files anew; LOCK_ARGS=--upgrade for newer versions
+	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
+		--group dev pyproject.toml -o requirements-dev.txt
+	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
+		-c requirements-dev.txt pyproject.toml -o requirements.txt
+
+clean: ## remove .venv and every cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

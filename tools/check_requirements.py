@@ -1,0 +1,79 @@
+"""Check, without a network, that the requirement files fit pyproject.toml; say what does not and fail.
+
+Each file pins every dependency that pyproject.toml declares, at a version that it allows, and nothing that it no
+longer declares; what both files pin, they pin alike; every pin has a hash; no file names a package index, since where
+packages come from is the business of whoever installs them.
+"""
+
+import pathlib
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# One pin with its hashes and the comment that tells who wants it, as `uv pip compile` writes them. A package that has
+# different versions for different Pythons is pinned more than once, each with a marker.
+PIN = re.compile(
+    r"^(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?==(?P<version>[^\s;]+)(?P<marker>[^\\\n]*)(?P<rest>.*\n(?:[ \t].*\n?)*)",
+    re.MULTILINE,
+)
+INDEX = re.compile(r"^[^#\n]*(://|--(extra-)?index-url|--find-links)|^#.*://", re.MULTILINE)
+
+
+def declared(pyproject: str, *, with_dev: bool) -> list[Requirement]:
+    """Return what pyproject.toml asks for."""
+    document = tomllib.loads(pyproject)
+    dev = document["dependency-groups"]["dev"] if with_dev else []
+    return [Requirement(text) for text in [*document["project"]["dependencies"], *dev]]
+
+
+def find_problems(pyproject: str, lock: str, *, with_dev: bool) -> Iterator[str]:
+    """Yield what is wrong with one requirement file."""
+    wanted = declared(pyproject, with_dev=with_dev)
+    wanted_names = {canonicalize_name(requirement.name) for requirement in wanted}
+    pins = list(PIN.finditer(lock))
+    yield from (
+        f"{name} is not pinned" for name in sorted(wanted_names - {canonicalize_name(pin["name"]) for pin in pins})
+    )
+    for pin in pins:
+        name, version = canonicalize_name(pin["name"]), pin["version"]
+        for requirement in wanted:
+            if canonicalize_name(requirement.name) == name and not requirement.specifier.contains(
+                version, prereleases=True
+            ):
+                yield f"{name}=={version} does not satisfy {requirement}"
+        if "(pyproject.toml" in pin["rest"] and name not in wanted_names:
+            yield f"{name} is pinned for pyproject.toml, which does not ask for it"
+        if "--hash=" not in pin["rest"]:
+            yield f"{name} has no hash"
+    for match in INDEX.finditer(lock):
+        yield f"line {lock.count(chr(10), 0, match.start()) + 1} names a package index"
+
+
+def find_differences(lock: str, dev_lock: str) -> Iterator[str]:
+    """Yield what the first file pins and the second does not, or not so."""
+    dev_pins = {pin.group("name", "version", "marker") for pin in PIN.finditer(dev_lock)}
+    for pin in PIN.finditer(lock):
+        if pin.group("name", "version", "marker") not in dev_pins:
+            yield f"{pin['name']}=={pin['version']} is not what requirements-dev.txt pins"
+
+
+def main() -> int:
+    """Print every problem; 1 if there is one."""
+    pyproject, lock, dev_lock = (
+        (ROOT / name).read_text() for name in ("pyproject.toml", "requirements.txt", "requirements-dev.txt")
+    )
+    problems = [f"requirements.txt: {text}" for text in find_problems(pyproject, lock, with_dev=False)]
+    problems += [f"requirements-dev.txt: {text}" for text in find_problems(pyproject, dev_lock, with_dev=True)]
+    problems += [f"requirements.txt: {text}" for text in find_differences(lock, dev_lock)]
+    for problem in problems:
+        print(f"{problem} (make lock?)", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
