@@ -74,9 +74,13 @@ class Stack:
         return self.router.metrics.registry.get_sample_value(name, labels) or 0.0
 
     async def until_queued(self, rows: int) -> None:
-        """Return when exactly so many rows wait in the router; what brings them there has no event to wait for."""
+        """Return when exactly so many rows wait in the router."""
+        await self.until_gauge("router_queued_rows", rows)
+
+    async def until_gauge(self, name: str, value: float) -> None:
+        """Return when a gauge of the router has a value; what brings it there has no event to wait for."""
         async with asyncio.timeout(10):
-            while self.count("router_queued_rows") != rows:  # noqa: ASYNC110
+            while self.count(name) != value:  # noqa: ASYNC110
                 await asyncio.sleep(0)
 
 

@@ -280,6 +280,25 @@ async def test_a_batch_that_times_out_runs_elsewhere_and_the_late_stream_is_drop
         await stalled.wait_until_idle()
 
 
+async def test_a_batch_over_the_backends_message_limit_is_refused_before_it_is_written() -> None:
+    async with serving(limits={"max_backend_message_bytes": 1000}) as stack:
+        error = await fails(stack.stub, pb.PredictRequest(agents={"a": agent(*([1.0] * 300))}))
+        assert error.code() is grpc.StatusCode.UNKNOWN
+        assert "over the message limit of 1000 bytes" in str(error.details())
+        assert list((await stack.stub.Predict(pb.PredictRequest(agents={"a": agent(1)}))).results["a"].output)
+        assert stack.mock.arrived == 1
+
+
+async def test_an_answer_over_the_message_limit_fails_its_batch_once_and_its_stream_is_replaced() -> None:
+    async with serving(MockServer(mock_config(output_width=100)), limits={"max_backend_message_bytes": 2000}) as stack:
+        five = pb.PredictRequest(agents={str(number): agent(number) for number in range(5)})
+        error = await fails(stack.stub, five)
+        assert error.code() is grpc.StatusCode.UNKNOWN
+        assert "larger than max" in str(error.details())
+        assert stack.mock.arrived == 1
+        assert len((await stack.stub.Predict(pb.PredictRequest(agents={"a": agent(1)}))).results["a"].output) == 100
+
+
 async def test_a_doubled_answer_is_passed_over_by_the_next_batch_on_the_stream() -> None:
     async with serving(MockServer(mock_config(Fault(FaultKind.DUPLICATE)))) as stack:
         for number in range(5):

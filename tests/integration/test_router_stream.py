@@ -211,6 +211,22 @@ async def test_answers_share_messages_of_at_most_a_mebibyte() -> None:
         assert max(message.ByteSize() for message in stream.messages) <= 1024 * 1024
 
 
+async def test_a_client_that_does_not_read_is_refused_new_calls_until_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.servicers.stream.MAX_UNREAD_BYTES", 1_000_000)
+    async with serving(MockServer(mock_config(output_width=10_000)), model={"max_batch_size": 1024}) as stack:
+        stream = Stream(stack.stub)
+        await stream.send(*(call(number) for number in range(200)))
+        await stack.mock.wait_for_arrivals(1)
+        await stack.until_gauge("router_open_calls", 0)
+        await stream.send(call(200))
+        answers = {answer.call_id: answer for answer in await stream.answers(201)}
+        assert answers[200].error.code == "RESOURCE_EXHAUSTED"
+        assert answers[200].error.message == "the answers of this stream are not being read"
+        assert all(len(answers[number].outputs) == 40_000 for number in range(200))
+        await stream.send(call(201))
+        assert len((await stream.answer()).outputs) == 40_000
+
+
 async def test_streams_of_many_clients_share_batches() -> None:
     gate = Gate()
     async with serving(gate.mock(), max_in_flight=1) as stack:

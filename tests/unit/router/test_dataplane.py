@@ -423,6 +423,18 @@ async def test_past_the_queues_bound_a_block_is_refused_with_a_time_to_retry_and
         assert plane.count("router_refusals_total", reason="queue_rows") == 3
 
 
+async def test_past_the_processs_bound_in_bytes_a_block_is_refused_whatever_its_key() -> None:
+    async with plane_of(FakeBackend(), limits={"max_queued_bytes": 8}) as plane:
+        plane.call([0])
+        await settle()
+        plane.call([1, 2])
+        refused = plane.call((make_key(model="other"), [7]))
+        error = refused.reply.failures[0, 0]
+        assert isinstance(error, ResourceExhausted)
+        assert error.reason == "queue_bytes"
+        assert plane.count("router_refusals_total", reason="queue_bytes") == 1
+
+
 async def test_past_the_bound_of_keys_a_new_key_is_refused_until_an_idle_one_is_forgotten() -> None:
     backend = FakeBackend(service_s=1.0)
     async with plane_of(backend, limits={"max_keys": 2, "key_idle_s": 600}) as plane:

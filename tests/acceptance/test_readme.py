@@ -1,0 +1,93 @@
+"""The README's examples, pasted as they stand (but for the ports), answer what the README says."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.processes import ROOT, running
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def example(beginning: str) -> int:
+    """Where the first block stands that begins so."""
+    return next(number for number, (_, text) in enumerate(BLOCKS) if text.startswith(beginning))
+
+
+@pytest.fixture(scope="module")
+def ports() -> Iterator[dict[str, str]]:
+    """The README's addresses to those that serve this test."""
+    with ExitStack() as stack:
+        mock = stack.enter_context(running("mock_nn", "--listen", "127.0.0.1:0", "--latency", "0.05"))
+        backend = mock.wait_for(r"listening on ([\d.:]+)")[1]
+        router = stack.enter_context(
+            running(
+                "router",
+                ROUTER_LISTEN="127.0.0.1:0",
+                ROUTER_METRICS="127.0.0.1:0",
+                ROUTER_BACKENDS__MOCK__ADDRESSES=json.dumps([backend]),
+            )
+        )
+        metrics = router.wait_for(r"metrics on http://([\d.:]+)")[1]
+        address = router.wait_for(r"router listens on ([\d.:]+)")[1]
+        gateway = stack.enter_context(running("rest_gateway", GATEWAY_LISTEN="127.0.0.1:0", GATEWAY_ROUTER=address))
+        front = gateway.wait_for(r"listen\w* on (?:http://)?([\d.:]+)")[1]
+        yield {"127.0.0.1:50051": address, "127.0.0.1:8000": front, "127.0.0.1:9091": metrics}
+
+
+def paste(text: str, ports: dict[str, str]) -> str:
+    for stated, real in ports.items():
+        text = text.replace(stated, real)
+    text = text.replace(".venv/bin", str(Path(sys.executable).parent))
+    done = subprocess.run(["bash", "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_first_curl_answers_what_stands_below_it(ports: dict[str, str]) -> None:
+    number = example("curl -sS http")
+    assert json.loads(paste(BLOCKS[number][1], ports)) == json.loads(BLOCKS[number + 1][1])
+
+
+def test_the_streaming_curl_answers_what_stands_below_it(ports: dict[str, str]) -> None:
+    number = example("curl -sSN http")
+    assert paste(BLOCKS[number][1], ports) == BLOCKS[number + 1][1]
+
+
+def test_buf_curl_needs_no_proto_file(ports: dict[str, str]) -> None:
+    results = json.loads(paste(BLOCKS[example(".venv/bin/buf curl")][1], ports))["results"]
+    assert results["alice"]["output"] == [0.14228487]
+    assert results["alice"]["explanation"]["batchRows"] == 1
+
+
+def test_the_python_client_prints_the_same_answer(ports: dict[str, str]) -> None:
+    text = BLOCKS[example("import asyncio")][1].replace("127.0.0.1:50051", ports["127.0.0.1:50051"])
+    printed = subprocess.run(
+        [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+    )
+    assert [round(value, 8) for value in json.loads(printed.stdout)] == [0.14228487]
+
+
+def test_the_example_script_prints_the_answers(ports: dict[str, str]) -> None:
+    told = paste(f".venv/bin/python examples/send_request.py http://{ports['127.0.0.1:8000']}", ports)
+    status, _, body = told.partition("\n")
+    assert status == "200 OK"
+    assert json.loads(body) == json.loads(BLOCKS[example("curl -sS http") + 1][1])
+
+
+def test_the_probe_tells_the_routers_health(ports: dict[str, str]) -> None:
+    assert "SERVING" in paste(f".venv/bin/python -m router_client health {ports['127.0.0.1:50051']}", ports)
+
+
+def test_the_configuration_shown_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "router.yaml"
+    path.write_text(BLOCKS[example("backends:")][1])
+    with running("router", "--config", str(path), "--check-config") as program:
+        assert program.wait() == 0, program.lines
