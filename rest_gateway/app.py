@@ -1,0 +1,180 @@
+"""The gateway's composition root and lifecycle: build the application, serve it, drain it, stop.
+
+Drain: the first SIGTERM or SIGINT makes /readyz say 503, for load balancers to look elsewhere; requests are accepted
+for `drain_delay_s` more. Then the listening socket closes, and what was accepted is answered. What is still open after
+`drain_timeout_s` gets 503. The router client outlives all of it. A second signal leaves at once.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Generator
+from math import ceil
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from fastapi.telemetry import TelemetryConfig
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from rest_gateway.config import Settings, split_address
+from rest_gateway.metrics import Metrics
+from rest_gateway.routes import problems
+from rest_gateway.routes.access import AccessMiddleware
+from rest_gateway.routes.health import HealthRoutes
+from rest_gateway.routes.lifetime import OpenRequests
+from rest_gateway.routes.predict import PredictRoute
+from rest_gateway.routes.router import Router
+from rest_gateway.schemas.openapi import component_schemas
+from router_client import RouterClient
+
+logger = logging.getLogger(__name__)
+
+# FastAPI's own OpenTelemetry; the gateway has metrics, and looking for it costs 5 to 10 µs a request.
+_NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Longer than the 60 s for which load balancers keep idle connections (AWS's), so that they close first.
+KEEP_ALIVE_S = 75
+# A connection that neither reads nor writes is cut this long after its request was answered with 503.
+LINGER_S = 2
+
+
+def create_app(router: Router, settings: Settings, open_requests: OpenRequests | None = None) -> FastAPI:
+    """The application. `router` stays its owner's; `open_requests` lets a server drain it."""
+    if open_requests is None:
+        open_requests = OpenRequests()
+    metrics = Metrics()
+    app = FastAPI(
+        title="Inference router",
+        version="0.1.0",
+        redirect_slashes=False,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        telemetry=_NO_TELEMETRY,
+    )
+    app.add_middleware(AccessMiddleware, settings=settings, metrics=metrics, open_requests=open_requests)
+    problems.add_handlers(app)
+    predict = PredictRoute(router, settings, metrics, open_requests)
+    predict.add_to(app)
+    HealthRoutes(router, metrics, open_requests).add_to(app)
+    _document(app, predict.document())
+    return app
+
+
+def _document(app: FastAPI, *documented: APIRoute) -> None:
+    """Puts into the API document the routes and schemas of which FastAPI knows nothing."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, routes=[*documented, *app.routes])
+            document.setdefault("components", {}).setdefault("schemas", {}).update(component_schemas())
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
+
+
+def bind(settings: Settings) -> socket.socket:
+    """A listening socket for `settings.listen`. Raises OSError, when the port is in use among others."""
+    host, port = split_address(settings.listen)
+    family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+async def serve(settings: Settings, listener: socket.socket) -> None:
+    """Serves on `listener`, which it closes, until a signal has drained it."""
+    open_requests = OpenRequests()
+    async with RouterClient(settings.router, router_wait_s=settings.router_wait_s) as router:
+        server = Server(create_app(router, settings, open_requests), settings, open_requests)
+        await server.serve(sockets=[listener])
+    logger.info("stopped")
+
+
+def _address(listener: socket.socket) -> tuple[str, int]:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]" if ":" in host else host, port
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, with a problem document where it says in plain text that it cannot read a request."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is not HTTP and closes the connection; no request has begun that could have an id."""
+        head, body = problems.malformed_http(msg)
+        self.transport.write(head + body)
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn with the drain described above. Its own closes the listener at once, and ends with the signal."""
+
+    def __init__(self, app: FastAPI, settings: Settings, open_requests: OpenRequests) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Protocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=ceil(settings.drain_timeout_s) + LINGER_S,
+            )
+        )
+        self._settings = settings
+        self._open_requests = open_requests
+        self._drain_task: asyncio.Task[None] | None = None
+        self._has_signal = False
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Handles the signals while serving; unlike uvicorn's, does not raise them again, so that a drain exits 0."""
+        before = {signal_: signal.signal(signal_, self.handle_exit) for signal_ in SIGNALS}
+        try:
+            yield
+        finally:
+            for signal_, handler in before.items():
+                signal.signal(signal_, handler)
+
+    def handle_exit(self, sig: int, _frame: FrameType | None) -> None:
+        """First signal: drain. Second: leave now, with the status that shells give a killed process."""
+        if self._has_signal:
+            os._exit(128 + sig)
+        self._has_signal = True
+        self._loop.call_soon_threadsafe(self.start_drain)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serves until drained."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            await super().serve(sockets)
+        finally:
+            if self._drain_task is not None:
+                self._drain_task.cancel()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Says where it listens when the signals are handled already: who reads the line may send one."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            logger.info("listening on http://%s:%d, router %s", *_address(listener), self._settings.router)
+
+    def start_drain(self) -> None:
+        """Begins the drain; a second call changes nothing."""
+        if self._drain_task is None:
+            self._drain_task = asyncio.create_task(self._drain(), name="drain")
+
+    async def _drain(self) -> None:
+        logger.info("draining: not ready, accepting for %g s more", self._settings.drain_delay_s)
+        self._open_requests.is_draining = True
+        await asyncio.sleep(self._settings.drain_delay_s)
+        self.should_exit = True
+        await asyncio.sleep(self._settings.drain_timeout_s)
+        logger.warning("drain timeout: %d requests are answered with 503", len(self._open_requests))
+        self._open_requests.end_all()

@@ -1,0 +1,1 @@
+"""The HTTP edge: each route about ten lines, with what they share beside them."""

@@ -1,0 +1,102 @@
+"""What the headers and the body's bytes decide before any JSON is looked at."""
+
+import re
+from typing import Literal
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+
+from rest_gateway.errors import BodyTooLargeError, ClientGoneError, NotAcceptableError, UnsupportedMediaError
+
+Form = Literal["json", "sse", "ndjson"]
+
+# In the order in which they are preferred when the client has no preference.
+MEDIA_TYPES: dict[Form, str] = {
+    "json": "application/json",
+    "sse": "text/event-stream",
+    "ndjson": "application/x-ndjson",
+}
+_JSON_TYPE = re.compile(r"application/(json|[\w.+-]+\+json)", re.IGNORECASE)
+
+
+def choose_form(headers: Headers) -> Form:
+    """The form of the answer by RFC 9110, 12.5.1: highest q, then the most specific range, then JSON first.
+
+    No Accept header means JSON. Raises NotAcceptableError when every form is excluded.
+    """
+    accept = ",".join(headers.getlist("accept")).strip()
+    if accept in ("", "*/*", "application/json"):
+        return "json"
+    ranges = [_parse_range(part) for part in accept.split(",") if part.strip()]
+    ranked = [(*_quality(media_type, ranges), -order, form) for order, (form, media_type) in enumerate(_forms())]
+    quality, *_, form = max(ranked)
+    if quality <= 0:
+        raise NotAcceptableError(f"this route answers {', '.join(MEDIA_TYPES.values())}")
+    return form
+
+
+def _forms() -> list[tuple[Form, str]]:
+    return list(MEDIA_TYPES.items())
+
+
+def _parse_range(part: str) -> tuple[str, float]:
+    """`text/*;q=0.5` → ("text/*", 0.5). Other parameters are ignored; a q that is no number counts as 0."""
+    media_range, *parameters = [piece.strip().lower() for piece in part.split(";")]
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            return media_range, _parse_quality(value.strip())
+    return media_range, 1.0
+
+
+def _parse_quality(text: str) -> float:
+    return min(float(text), 1.0) if re.fullmatch(r"\d(\.\d{0,3})?", text) else 0.0
+
+
+def _quality(media_type: str, ranges: list[tuple[str, float]]) -> tuple[float, int]:
+    """(q, specificity) of a media type: the most specific range that names it decides, though it may say 0."""
+    candidates = ("*/*", media_type.partition("/")[0] + "/*", media_type)
+    matches = [(candidates.index(media_range), quality) for media_range, quality in ranges if media_range in candidates]
+    specificity, quality = max(matches, default=(-1, 0.0))
+    return quality, specificity
+
+
+def check_content(headers: Headers) -> None:
+    """Refuses encoded bodies and bodies that say they are not JSON. No Content-Type at all is taken for JSON."""
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UnsupportedMediaError("a Content-Encoding is not supported; send the JSON as it is")
+    content_type = headers.get("content-type", "application/json").partition(";")[0].strip()
+    if not _JSON_TYPE.fullmatch(content_type):
+        raise UnsupportedMediaError("the Content-Type must be application/json")
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body. Stops at the first byte too many, whether or not the client said how many there are.
+
+    Raises BodyTooLargeError, and ClientGoneError when the client leaves while it sends.
+    """
+    if _declared_bytes(request.headers) > max_bytes:
+        raise _too_large(max_bytes)
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        chunks.append(message["body"])
+        size += len(message["body"])
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def _declared_bytes(headers: Headers) -> int:
+    """What Content-Length says; the server has refused one that is no number, and 0 stands for none."""
+    declared = headers.get("content-length", "")
+    return int(declared) if declared.isdecimal() else 0
+
+
+def _too_large(max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body has more than {max_bytes:,} bytes")

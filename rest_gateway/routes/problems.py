@@ -1,0 +1,171 @@
+"""Errors on the wire: RFC 9457 problem documents, and the one table that maps codes to HTTP."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
+from math import ceil
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
+from starlette.types import Scope
+
+from rest_gateway import errors
+from rest_gateway.errors import Fault, GatewayError
+from rest_gateway.routes.record import record_of
+from rest_gateway.schemas import json_text
+
+logger = logging.getLogger(__name__)
+
+# Canonical gRPC codes to HTTP. A code that is missing here is the backend's: UNKNOWN.
+STATUS_OF_CODE = {
+    "INVALID_ARGUMENT": 422,
+    "NOT_FOUND": 404,
+    "DEADLINE_EXCEEDED": 504,
+    "RESOURCE_EXHAUSTED": 429,
+    "UNAVAILABLE": 503,
+    "CANCELLED": 499,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "ABORTED": 409,
+    "UNKNOWN": 502,
+    "UNIMPLEMENTED": 501,
+    "INTERNAL": 500,
+}
+STATUS_OF_ERROR: dict[type[GatewayError], int] = {
+    errors.NotJsonError: 400,
+    errors.NotAcceptableError: 406,
+    errors.BodyTooLargeError: 413,
+    errors.UnsupportedMediaError: 415,
+    errors.InvalidRequestError: 422,
+    errors.ClientGoneError: 499,
+    errors.NotServedError: 501,
+    errors.ShuttingDownError: 503,
+}
+# When all agents failed, and not all alike, the first of these that is present speaks for the request.
+PRECEDENCE = (500, 503, 502, 504, 501, 429, 409, 403, 401, 404, 422, 499)
+
+INTERNAL_DETAIL = "internal error; the log tells more under this request id"
+DEFAULT_RETRY_AFTER_S = 1.0
+_TITLES = {499: "Client Closed Request"}
+
+
+def problem(
+    scope: Scope,
+    status: int,
+    detail: str,
+    *,
+    agent_errors: Mapping[str, object] | None = None,
+    retry_after_s: float | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """A problem document. 429 and 503 always carry Retry-After: whole seconds, rounded up, 1 if nobody named a time."""
+    document = {
+        "type": "about:blank",
+        "title": _TITLES.get(status) or HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "instance": _raw_path(scope),
+        "request_id": record_of(scope).request_id,
+    }
+    if agent_errors is not None:
+        document["errors"] = agent_errors
+    all_headers = dict(headers or {})
+    if status in (429, 503):
+        all_headers["Retry-After"] = str(ceil(DEFAULT_RETRY_AFTER_S if retry_after_s is None else retry_after_s))
+    return Response(json_text.dump(document), status, all_headers, media_type="application/problem+json")
+
+
+def _raw_path(scope: Scope) -> str:
+    raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
+    return raw_path.partition(b"?")[0].decode("ascii", "replace")
+
+
+def known_code(code: str) -> str:
+    """The code, or UNKNOWN for one that no table holds: it is a backend's own."""
+    return code if code in STATUS_OF_CODE else "UNKNOWN"
+
+
+def agent_error(fault: Fault) -> dict[str, object]:
+    """One entry of `errors`. The text of an INTERNAL is not the client's business: see `log_internal`."""
+    code = known_code(fault.code)
+    status = STATUS_OF_CODE[code]
+    return {
+        "status": status,
+        "code": code,
+        "detail": INTERNAL_DETAIL if status == 500 else fault.detail,
+        "retry_after_s": fault.retry_after_s,
+    }
+
+
+def log_internal(scope: Scope, faults: Iterable[Fault]) -> None:
+    """What `agent_error` keeps from the client, one line for each different text."""
+    for detail in {fault.detail for fault in faults if fault.code == "INTERNAL"}:
+        logger.error("internal error: %s request_id=%s", detail, record_of(scope).request_id)
+
+
+def all_failed(scope: Scope, agent_errors: Mapping[str, Mapping[str, Any]]) -> Response:
+    """The problem of a request whose agents (at least one) all failed."""
+    present = {error["status"] for error in agent_errors.values()}
+    status = next(status for status in PRECEDENCE if status in present)
+    speakers = [error for error in agent_errors.values() if error["status"] == status]
+    return problem(
+        scope,
+        status,
+        _summary(speakers, len(agent_errors)),
+        agent_errors=agent_errors,
+        retry_after_s=_latest(error["retry_after_s"] for error in speakers),
+    )
+
+
+def _summary(speakers: list[Mapping[str, Any]], agents: int) -> str:
+    details = {error["detail"] for error in speakers}
+    if len(speakers) == agents and len(details) == 1:
+        return str(details.pop())
+    return f"all {agents:,} agents failed; errors tells why, agent by agent"
+
+
+def _latest(retry_times_s: Iterable[float | None]) -> float | None:
+    return max((seconds for seconds in retry_times_s if seconds is not None), default=None)
+
+
+def malformed_http(detail: str) -> tuple[bytes, bytes]:
+    """Head and body of the answer to bytes that are no HTTP request, after which the connection closes."""
+    body = json_text.dump({"type": "about:blank", "title": "Bad Request", "status": 400, "detail": detail})
+    head = (
+        b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\n"
+        b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+    )
+    return head, body
+
+
+def internal_problem(scope: Scope) -> Response:
+    """Fixed text for the unexpected."""
+    return problem(scope, 500, INTERNAL_DETAIL)
+
+
+async def _gateway_error(request: Request, exc: GatewayError) -> Response:
+    return problem(request.scope, STATUS_OF_ERROR[type(exc)], exc.detail, retry_after_s=exc.retry_after_s)
+
+
+async def _http_exception(request: Request, exc: HTTPException) -> Response:
+    """Starlette's own: no route (404), no such method (405)."""
+    if exc.status_code == 405:
+        allowed = ", ".join(_allowed_methods(request))
+        return problem(request.scope, 405, f"this route answers {allowed}", headers={"Allow": allowed})
+    detail = "there is no such route" if exc.status_code == 404 else exc.detail
+    return problem(request.scope, exc.status_code, detail, headers=exc.headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in matching for method in route.methods or ()})
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Every error that a route may raise becomes a problem document; the unexpected is caught in `access`."""
+    # Starlette calls a handler with exceptions of its class only, and types every handler as taking any.
+    app.add_exception_handler(GatewayError, _gateway_error)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _http_exception)  # type: ignore[arg-type]

@@ -1,0 +1,89 @@
+"""A router for the gateway's tests: sums vectors, and fails, hangs or crashes where a test says so."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from protos.inference_router.v1 import inference_router_pb2 as pb
+
+Script = Callable[[Sequence[pb.Block]], list[pb.Answer]]
+
+
+def sum_answers(blocks: Sequence[pb.Block]) -> list[pb.Answer]:
+    """One answer per block; each row's output is the sum of its vector."""
+    last = len(blocks) - 1
+    return [
+        pb.Answer(block=index, rows=block.rows, outputs=_sums(block), done=index == last)
+        for index, block in enumerate(blocks)
+    ]
+
+
+def _sums(block: pb.Block) -> bytes:
+    rows = np.frombuffer(block.vectors, "<f4").reshape(block.rows, block.dim)
+    return bytes(rows.sum(axis=1, dtype="<f4").tobytes())
+
+
+def failing(code: str, message: str = "no", retry_pushback_ms: int | None = None) -> Script:
+    """A script that fails the whole call."""
+    error = pb.Error(code=code, message=message, retry_pushback_ms=retry_pushback_ms)
+    return lambda _: [pb.Answer(error=error, done=True)]
+
+
+def failing_by_model(**codes: str) -> Script:
+    """A script that fails the blocks of some models (`model_a` for model-a) and sums the others."""
+
+    def script(blocks: Sequence[pb.Block]) -> list[pb.Answer]:
+        answers = sum_answers(blocks)
+        for answer, block in zip(answers, blocks, strict=True):
+            code = codes.get(block.model_name.replace("-", "_"))
+            if code is not None:
+                answer.outputs = b""
+                answer.error.CopyFrom(pb.Error(code=code, message=f"{block.model_name} failed"))
+        return answers
+
+    return script
+
+
+@dataclass
+class FakeRouter:
+    """`gate` closed: calls hang in `infer`, and in `stream` before each answer until `release` is called."""
+
+    script: Script = sum_answers
+    is_connected: bool = True
+    error: Exception | None = None
+    calls: list[tuple[list[pb.Block], dict[str, object]]] = field(default_factory=list)
+    gate: asyncio.Semaphore | None = None
+    entered: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def close_gate(self) -> None:
+        self.gate = asyncio.Semaphore(0)
+
+    def release(self) -> None:
+        """Lets one waiting `infer`, or one answer of a `stream`, pass."""
+        assert self.gate is not None
+        self.gate.release()
+
+    async def infer(self, blocks: Sequence[pb.Block], **options: object) -> list[pb.Answer]:
+        self.calls.append((list(blocks), options))
+        await self._pass_gate()
+        return self.script(blocks)
+
+    async def stream(self, blocks: Sequence[pb.Block], **options: object) -> AsyncGenerator[pb.Answer, None]:
+        self.calls.append((list(blocks), options))
+        for answer in self.script(blocks):
+            await self._pass_gate()
+            yield answer
+
+    async def _pass_gate(self) -> None:
+        self.entered.set()
+        if self.error is not None:
+            raise self.error
+        try:
+            if self.gate is not None:
+                await self.gate.acquire()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
