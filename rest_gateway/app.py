@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
+from fastapi_offline import FastAPIOffline
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rest_gateway.config import Settings, split_address
@@ -50,12 +51,13 @@ def create_app(router: Router, settings: Settings, open_requests: OpenRequests |
     if open_requests is None:
         open_requests = OpenRequests()
     metrics = Metrics()
-    app = FastAPI(
+    # FastAPI whose /docs brings its own script and style, so that the page also works where the internet does not.
+    app = FastAPIOffline(
         title="Inference router",
         version="0.1.0",
         redirect_slashes=False,
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
+        static_url="/docs-assets",
         telemetry=_NO_TELEMETRY,
     )
     app.add_middleware(AccessMiddleware, settings=settings, metrics=metrics, open_requests=open_requests)

@@ -103,23 +103,23 @@ def _ref(model: type[BaseModel]) -> JsonObject:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
-# Examples. Each of them works as it stands; the answers are those of a model that sums its vector.
+# Examples. Each of them works as it stands; the answers are those of mock_nn.
 THREE_AGENTS: JsonObject = {
     "agents": {
-        "alice": {"vector": [0.1, 0.2, 0.3], "model_name": "model-a", "agent_type": "trader"},
-        "bob": {"vector": [1.5, -2.5], "model_name": "model-b", "agent_type": "trader"},
-        "carol": {"vector": [4, 5, 6], "model_name": "model-a", "agent_type": "trader"},
+        "alice": {"vector": [0.1, 0.2, 0.3], "model_name": "churn", "agent_type": "buyer"},
+        "bob": {"vector": [0.4, 0.5, 0.6], "model_name": "churn", "agent_type": "buyer"},
+        "carol": {"vector": [0.7, 0.8, 0.9], "model_name": "fraud", "agent_type": "seller"},
     },
     "timeout_s": 30,
 }
 ONE_BAD_AGENT: JsonObject = {
     "agents": {
-        "alice": {"vector": [0.1, 0.2, 0.3], "model_name": "model-a"},
-        "bob": {"vector": [1.5, "x"], "model_name": "model-b"},
+        "alice": {"vector": [0.1, 0.2, 0.3], "model_name": "churn", "agent_type": "buyer"},
+        "bob": {"vector": [0.4, "x"], "model_name": "fraud"},
     }
 }
 WITH_EXPLANATION: JsonObject = {
-    "agents": {"alice": {"vector": [0.1, 0.2, 0.3], "model_name": "model-a"}},
+    "agents": {"alice": {"vector": [0.1, 0.2, 0.3], "model_name": "churn", "agent_type": "buyer"}},
     "explain": True,
     "priority_class": "batch",
 }
@@ -130,14 +130,14 @@ BOBS_ERROR: JsonObject = {
     "retry_after_s": None,
 }
 ALL_ANSWERED: JsonObject = {
-    "results": {"alice": {"output": [0.6]}, "bob": {"output": [-1.0]}, "carol": {"output": [15.0]}},
+    "results": {"alice": {"output": [0.14228487]}, "bob": {"output": [0.18661243]}, "carol": {"output": [-0.45477247]}},
     "errors": {},
 }
-SOME_ANSWERED: JsonObject = {"results": {"alice": {"output": [0.6]}}, "errors": {"bob": BOBS_ERROR}}
+SOME_ANSWERED: JsonObject = {"results": {"alice": {"output": [0.14228487]}}, "errors": {"bob": BOBS_ERROR}}
 EXPLAINED: JsonObject = {
     "results": {
         "alice": {
-            "output": [0.6],
+            "output": [0.14228487],
             "explanation": {
                 "queued_s": 0.002,
                 "backend_s": 4.1,
@@ -153,13 +153,13 @@ EXPLAINED: JsonObject = {
 SSE_STREAM = (
     'event: error\ndata: {"agent":"bob","error":{"status":422,"code":"INVALID_ARGUMENT",'
     '"detail":"vector[1] must be a number, not a string","retry_after_s":null}}\n\n'
-    'event: result\ndata: {"agent":"alice","output":[0.6]}\n\n'
+    'event: result\ndata: {"agent":"alice","output":[0.14228487]}\n\n'
     'event: done\ndata: {"done":true}\n\n'
 )
 NDJSON_STREAM = (
     '{"agent":"bob","error":{"status":422,"code":"INVALID_ARGUMENT",'
     '"detail":"vector[1] must be a number, not a string","retry_after_s":null}}\n'
-    '{"agent":"alice","output":[0.6]}\n'
+    '{"agent":"alice","output":[0.14228487]}\n'
     '{"done":true}\n'
 )
 
@@ -220,8 +220,15 @@ PREDICT_RESPONSES: dict[int | str, JsonObject] = {
         "All agents ask for models that do not exist.",
         "Not Found",
         404,
-        "no such model",
-        errors={"alice": {"status": 404, "code": "NOT_FOUND", "detail": "no such model", "retry_after_s": None}},
+        "no model 'chrun' for agent type 'buyer'",
+        errors={
+            "alice": {
+                "status": 404,
+                "code": "NOT_FOUND",
+                "detail": "no model 'chrun' for agent type 'buyer'",
+                "retry_after_s": None,
+            }
+        },
     ),
     406: _problem(
         "Accept excludes all three forms.",

@@ -2,12 +2,15 @@
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from typing import Literal
 
 import httpx
+import numpy as np
 import pytest
 
+from mock_nn.models import expected
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from rest_gateway.app import create_app
 from rest_gateway.config import Settings
@@ -351,6 +354,15 @@ async def test_the_front_page_leads_to_the_documentation() -> None:
         assert "openapi.json" in (await client.get("/docs")).text
 
 
+async def test_the_documentation_needs_nothing_from_the_internet() -> None:
+    async with client_of(FakeRouter()) as client:
+        page = (await client.get("/docs")).text
+        assets = re.findall(r'(?:src|href)="([^"]+)"', page)
+        assert len(assets) == 3
+        for asset in assets:
+            assert (await client.get(asset)).status_code == 200
+
+
 @pytest.mark.parametrize("name", list(openapi.PREDICT_BODY["content"]["application/json"]["examples"]))
 @pytest.mark.parametrize("accept", list(openapi.PREDICT_RESPONSES[200]["content"]))
 async def test_every_example_of_a_request_works(name: str, accept: str) -> None:
@@ -358,12 +370,22 @@ async def test_every_example_of_a_request_works(name: str, accept: str) -> None:
     assert (await predict(FakeRouter(), example, headers={"Accept": accept})).status_code in (200, 207)
 
 
-async def test_the_examples_of_answers_are_what_the_gateway_answers() -> None:
-    assert (await predict(FakeRouter(), openapi.THREE_AGENTS)).json() == openapi.ALL_ANSWERED
-    assert (await predict(FakeRouter(), openapi.ONE_BAD_AGENT)).json() == openapi.SOME_ANSWERED
-    events = await predict(FakeRouter(), openapi.ONE_BAD_AGENT, headers={"Accept": "text/event-stream"})
+def as_the_mock(blocks: Sequence[pb.Block]) -> list[pb.Answer]:
+    answers = []
+    for number, block in enumerate(blocks):
+        rows = np.frombuffer(block.vectors, "<f4").reshape(block.rows, block.dim)
+        outputs = expected(block.model_name, block.agent_type, rows).tobytes()
+        answers.append(pb.Answer(block=number, rows=block.rows, outputs=outputs, done=number == len(blocks) - 1))
+    return answers
+
+
+async def test_the_examples_of_answers_are_what_gateway_and_mock_answer() -> None:
+    router = FakeRouter(script=as_the_mock)
+    assert (await predict(router, openapi.THREE_AGENTS)).json() == openapi.ALL_ANSWERED
+    assert (await predict(router, openapi.ONE_BAD_AGENT)).json() == openapi.SOME_ANSWERED
+    events = await predict(router, openapi.ONE_BAD_AGENT, headers={"Accept": "text/event-stream"})
     assert events.text == openapi.SSE_STREAM
-    lines = await predict(FakeRouter(), openapi.ONE_BAD_AGENT, headers={"Accept": "application/x-ndjson"})
+    lines = await predict(router, openapi.ONE_BAD_AGENT, headers={"Accept": "application/x-ndjson"})
     assert lines.text == openapi.NDJSON_STREAM
 
 
