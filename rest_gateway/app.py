@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 from collections.abc import Generator
@@ -27,12 +28,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from rest_gateway.config import Settings, split_address
 from rest_gateway.metrics import Metrics
 from rest_gateway.routes import problems
-from rest_gateway.routes.access import AccessMiddleware
+from rest_gateway.routes.access import ASSETS, AccessMiddleware
 from rest_gateway.routes.health import HealthRoutes
 from rest_gateway.routes.lifetime import OpenRequests
 from rest_gateway.routes.predict import PredictRoute
 from rest_gateway.routes.router import Router
-from rest_gateway.schemas.openapi import component_schemas
+from rest_gateway.schemas.openapi import PREDICT_BODY, PREDICT_RESPONSES, component_schemas
 from router_client import RouterClient
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 KEEP_ALIVE_S = 75
 # A connection that neither reads nor writes is cut this long after its request was answered with 503.
 LINGER_S = 2
+# nginx allows 4 x 8 KiB, Apache 100 x 8 KiB.
+MAX_HEAD_BYTES = 64 * 1024
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 def create_app(router: Router, settings: Settings, open_requests: OpenRequests | None = None) -> FastAPI:
@@ -57,7 +61,7 @@ def create_app(router: Router, settings: Settings, open_requests: OpenRequests |
         version="0.1.0",
         redirect_slashes=False,
         redoc_url=None,
-        static_url="/docs-assets",
+        static_url=ASSETS,
         telemetry=_NO_TELEMETRY,
     )
     app.add_middleware(AccessMiddleware, settings=settings, metrics=metrics, open_requests=open_requests)
@@ -76,6 +80,11 @@ def _document(app: FastAPI, *documented: APIRoute) -> None:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, routes=[*documented, *app.routes])
             document.setdefault("components", {}).setdefault("schemas", {}).update(component_schemas())
+            # As they stand: FastAPI drops every null, also those of the examples.
+            document["paths"]["/predict"]["post"] |= {
+                "requestBody": PREDICT_BODY,
+                "responses": {str(status): answer for status, answer in PREDICT_RESPONSES.items()},
+            }
             app.openapi_schema = document
         return app.openapi_schema
 
@@ -104,12 +113,42 @@ def _address(listener: socket.socket) -> tuple[str, int]:
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's, with a problem document where it says in plain text that it cannot read a request."""
+    """uvicorn's, with bounded heads, problem documents for what is not HTTP, and no upgrades.
+
+    Java's HttpClient asks each http:// server to upgrade to h2c. llhttp then leaves the body to the new protocol, which
+    nobody here speaks, so the wish is made a header without meaning before it is parsed.
+    """
+
+    # A parser is at a request's head until its headers are complete; what arrived of it so far, in bytes.
+    _is_in_head = True
+    _head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        """Counts what belongs to a head; past MAX_HEAD_BYTES the connection ends."""
+        if self._is_in_head:
+            self._head_bytes += len(data)
+            if b"pgrade" in data:
+                data = _UPGRADE.sub(b"\r\nX-Ignored-Upgrade:", data)
+        super().data_received(data)
+        if self._is_in_head and self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(431, f"the request line and headers have more than {MAX_HEAD_BYTES:,} bytes")
+
+    def on_headers_complete(self) -> None:
+        """The body begins."""
+        self._is_in_head, self._head_bytes = False, 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The next request begins."""
+        self._is_in_head = True
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is not HTTP and closes the connection; no request has begun that could have an id."""
-        head, body = problems.malformed_http(msg)
-        self.transport.write(head + body)
+        self._refuse(400, msg)
+
+    def _refuse(self, status: int, detail: str) -> None:
+        self.transport.write(problems.malformed_http(status, detail))
         self.transport.close()
 
 

@@ -31,6 +31,17 @@ def _check_address(address: str) -> str:
     return address
 
 
+def _check_target(target: str) -> str:
+    """gRPC takes any name for a target and looks for it for ever; what cannot be one is told at the start."""
+    scheme, separator, rest = target.partition(":")
+    is_uri = scheme in ("dns", "ipv4", "ipv6", "unix", "unix-abstract") and separator and rest
+    if "://" in target and not is_uri:
+        raise ValueError("must be host:port or a gRPC target such as dns:///name:port, not a URL")
+    if not is_uri:
+        split_address(target)
+    return target
+
+
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -43,7 +54,7 @@ class Settings(BaseSettings):
     listen: Annotated[str, AfterValidator(_check_address)] = Field(
         default="127.0.0.1:8000", description="address to serve on"
     )
-    router: Annotated[str, Field(min_length=1)] = Field(
+    router: Annotated[str, AfterValidator(_check_target)] = Field(
         default="127.0.0.1:50051", description="gRPC target of the router"
     )
     router_wait_s: Seconds = Field(default=2.0, description="seconds that a request waits for a router that is away")
@@ -78,7 +89,7 @@ def load_settings() -> Settings:
 def _fault_line(error: ErrorDetails) -> str:
     """`GATEWAY_MAX_AGENTS='many': Input should be a valid integer, …`."""
     variable = PREFIX + "_".join(map(str, error["loc"])).upper()
-    return f"{variable}={error['input']!r}: {error['msg']}"
+    return f"{variable}={error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
 
 
 def describe_variables() -> str:

@@ -30,6 +30,9 @@ MIN_SWEEP = 1024
 """Alarms below which it is not worth looking for those of calls that are over."""
 
 
+_NOTHING = pb.Call()
+
+
 class Place(Protocol):
     """Where a call is: in line or on a stream, in exactly one place until it is over."""
 
@@ -100,6 +103,16 @@ class Call:
             self.end(answer)
         else:
             self._accept_part(answer)
+
+    def let_go(self) -> list[pb.Answer]:
+        """Return what its caller has not taken, and hold nothing large any more.
+
+        The alarm of a call that is over stays in the heap, possibly until a deadline far away.
+        """
+        answers, self.answers = self.answers, []
+        self.message = _NOTHING
+        self._waiter = None
+        return answers
 
     def end(self, answer: pb.Answer) -> None:
         """Hand over ``answer`` as the last one."""

@@ -145,9 +145,11 @@ class RouterClient:
         if not call.is_over:
             try:
                 await call.arrival(asyncio.get_running_loop())
-            finally:
+            except asyncio.CancelledError:
                 self._forget(call)
-        return call.answers
+                call.let_go()
+                raise
+        return call.let_go()
 
     async def stream(
         self,
@@ -173,6 +175,7 @@ class RouterClient:
                     yield answer
         finally:
             self._forget(call)
+            call.let_go()
 
     async def predict(
         self,
@@ -220,7 +223,7 @@ class RouterClient:
         if self._is_closed:
             return unavailable("the client was closed")
         if call.size > MAX_CALL_BYTES:
-            return failure("INVALID_ARGUMENT", f"a call of {call.size} bytes is over the limit of {MAX_CALL_BYTES}")
+            return _too_large(call, MAX_CALL_BYTES)
         if call.deadline <= now:
             return failure("DEADLINE_EXCEEDED", "the timeout was over before the call was sent")
         return None
@@ -228,7 +231,7 @@ class RouterClient:
     def _send_or_wait(self, call: Call) -> None:
         stream = self._choose()
         if stream is not None:
-            stream.send(call, next(self._call_ids))
+            self._send(stream, call)
             return
         now = _now()
         if call.waits_until <= now:  # else it waits already, in all: a router may accept its stream and refuse the call
@@ -249,7 +252,14 @@ class RouterClient:
 
     def _send_waiting(self) -> None:
         while self._line and (stream := self._choose()) is not None:
-            stream.send(self._line.pop(), next(self._call_ids))
+            self._send(stream, self._line.pop())
+
+    def _send(self, stream: Stream, call: Call) -> None:
+        """Send a call that is in no place, unless its message would end the stream for everybody."""
+        if call.size > stream.max_message_bytes:
+            call.end(_too_large(call, stream.max_message_bytes))
+        else:
+            stream.send(call, next(self._call_ids))
 
     def _on_answer(self, stream: Stream, call: Call, answer: pb.Answer) -> None:
         if stream.is_draining and _is_refusal(call, answer):
@@ -432,6 +442,10 @@ def _failed(answer: pb.Answer) -> Call:
     call = Call(pb.Call())
     call.end(answer)
     return call
+
+
+def _too_large(call: Call, limit: int) -> pb.Answer:
+    return failure("INVALID_ARGUMENT", f"a call of {call.size} bytes is over the limit of {limit}")
 
 
 def _is_refusal(call: Call, answer: pb.Answer) -> bool:

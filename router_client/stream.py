@@ -34,7 +34,10 @@ MAX_MESSAGE_BYTES = 1024 * 1024
 """One message of coalesced calls; a call that alone is larger travels alone."""
 
 MAX_CALL_BYTES = 16 * 1024 * 1024
-"""The router reads messages of 16 MiB and ends the stream, with everybody's calls, for more."""
+"""A router with default settings reads messages of 16 MiB and ends the stream, with everybody's calls, for more."""
+
+LIMIT_KEY = "inference-router-max-message-bytes"
+"""The initial metadata in which a router tells the limit that it really has."""
 
 CANCEL_BYTES = 10
 """The longest varint."""
@@ -117,6 +120,7 @@ class Stream:
         self.link = link
         self._call = link.join()
         # What the router has said:
+        self.max_message_bytes = MAX_CALL_BYTES
         self.is_draining = False
         self.is_refusing = False
         # What is under way; `_ready` holds ids, and those of calls forgotten meanwhile are skipped:
@@ -166,7 +170,7 @@ class Stream:
         is_accepted = False
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await self._call.initial_metadata()
+                self.max_message_bytes = _limit_in(await self._call.initial_metadata())
                 is_accepted = not self._call.done()
                 if not is_accepted:
                     raise ConnectError(f"{(await self._call.code()).name}: {await self._call.details()}")
@@ -286,7 +290,7 @@ class Stream:
     def _next_message(self) -> pb.PredictStreamRequest:
         """Return all that is ready, up to MAX_MESSAGE_BYTES: the cancels, which are small, and calls in their order."""
         cancels, self._cancels = self._cancels, []
-        room = MAX_MESSAGE_BYTES - CANCEL_BYTES * (len(cancels) + 1)
+        room = min(MAX_MESSAGE_BYTES, self.max_message_bytes) - CANCEL_BYTES * (len(cancels) + 1)
         return pb.PredictStreamRequest(cancels=cancels, calls=self._pop_ready(room, is_alone=not cancels))
 
     def _pop_ready(self, room: int, *, is_alone: bool) -> Iterator[pb.Call]:
@@ -302,6 +306,12 @@ class Stream:
                 self._writing.append(call)
                 yield _stamped(call, now)
             self._ready.popleft()
+
+
+def _limit_in(metadata: aio.Metadata) -> int:
+    """Return the router's limit for a message, or the default where it names none."""
+    told = metadata.get(LIMIT_KEY)
+    return int(told) if isinstance(told, str) and told.isdecimal() else MAX_CALL_BYTES
 
 
 def _stamped(call: Call, now: float) -> pb.Call:

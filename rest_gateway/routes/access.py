@@ -8,6 +8,7 @@ import re
 import secrets
 from time import perf_counter
 
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rest_gateway.config import Settings
@@ -19,6 +20,7 @@ from rest_gateway.routes.record import Record, open_record
 logger = logging.getLogger(__name__)
 
 UNMATCHED = "unmatched"
+ASSETS = "/docs-assets"
 _ACCEPTED_ID = re.compile(rb"[ -~]{1,128}")
 _CLOSE = (b"connection", b"close")
 
@@ -92,8 +94,10 @@ def _route(scope: Scope) -> str:
     if "route" in scope:  # FastAPI's
         template: str = scope["route"].path
         return template
-    is_static = "endpoint" in scope and not scope["path_params"]  # Starlette's
-    return scope["path"] if is_static else UNMATCHED
+    endpoint = scope.get("endpoint")  # Starlette's
+    if isinstance(endpoint, StaticFiles):
+        return ASSETS
+    return scope["path"] if endpoint is not None and not scope["path_params"] else UNMATCHED
 
 
 def _log(scope: Scope, record: Record, duration_s: float) -> None:

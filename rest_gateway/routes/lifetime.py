@@ -71,10 +71,16 @@ class Lifetime:
         self._registry.discard(self)
         if self._watcher is not None:
             self._watcher.cancel()
-        if self._reason is None:
+        reason, task = self._reason, self._task
+        # An exception that its own traceback leads to would keep the whole request until the garbage is collected.
+        self._reason = self._watcher = None
+        del self._task
+        if reason is None or task.uncancel() > self._cancelling or kind is not asyncio.CancelledError:
             return
-        if self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
-            raise self._reason from exc
+        try:
+            raise reason from exc
+        finally:
+            del reason, task, exc, traceback
 
     async def _wait_for_disconnect(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

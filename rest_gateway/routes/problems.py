@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from rest_gateway import errors
@@ -130,14 +131,15 @@ def _latest(retry_times_s: Iterable[float | None]) -> float | None:
     return max((seconds for seconds in retry_times_s if seconds is not None), default=None)
 
 
-def malformed_http(detail: str) -> tuple[bytes, bytes]:
-    """Head and body of the answer to bytes that are no HTTP request, after which the connection closes."""
-    body = json_text.dump({"type": "about:blank", "title": "Bad Request", "status": 400, "detail": detail})
+def malformed_http(status: int, detail: str) -> bytes:
+    """The answer to bytes that are no HTTP request, or too many for one, after which the connection closes."""
+    title = HTTPStatus(status).phrase
+    body = json_text.dump({"type": "about:blank", "title": title, "status": status, "detail": detail})
     head = (
-        b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\n"
-        b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        b"HTTP/1.1 %d %b\r\ncontent-type: application/problem+json\r\n"
+        b"content-length: %d\r\nconnection: close\r\n\r\n" % (status, title.encode(), len(body))
     )
-    return head, body
+    return head + body
 
 
 def internal_problem(scope: Scope) -> Response:
@@ -159,6 +161,8 @@ async def _http_exception(request: Request, exc: HTTPException) -> Response:
 
 
 def _allowed_methods(request: Request) -> list[str]:
+    if isinstance(request.scope.get("endpoint"), StaticFiles):
+        return ["GET", "HEAD"]
     routes = [route for route in request.app.routes if isinstance(route, Route)]
     matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
     return sorted({method for route in matching for method in route.methods or ()})

@@ -83,12 +83,12 @@ def _event(name: str, outcome: Outcome) -> tuple[str, dict[str, object]]:
 
 def _sse(event: str, document: dict[str, object]) -> bytes:
     """JSON has no raw line breaks, so one data line holds it."""
-    return b"event: %b\ndata: %b\n\n" % (event.encode("ascii"), json_text.dump(document))
+    return b"event: %b\ndata: %b\n\n" % (event.encode("ascii"), json_text.dump_line(document))
 
 
 def _ndjson(_event: str, document: dict[str, object]) -> bytes:
     """The members tell the event."""
-    return json_text.dump(document) + b"\n"
+    return json_text.dump_line(document) + b"\n"
 
 
 _ENCODERS: dict[Form, Callable[[str, dict[str, object]], bytes]] = {"sse": _sse, "ndjson": _ndjson}

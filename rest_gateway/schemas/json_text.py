@@ -25,15 +25,19 @@ BEYOND_DOUBLE = sys.float_info.max
 
 
 class JsonObject(dict[str, object]):
-    """An object read the slow way. `repeated`: its keys that stood there more than once; the last value counts."""
+    """An object with `repeated` keys, those that stood there more than once; the last value counts."""
 
     __slots__ = ("repeated",)
 
     def __init__(self, pairs: list[tuple[str, object]]) -> None:
         super().__init__(pairs)
-        self.repeated: list[str] = []
-        if len(pairs) != len(self):
-            self.repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        self.repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+
+
+def _read_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A plain dict wherever that tells all: a body of a million empty objects must not hold the loop for seconds."""
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else JsonObject(pairs)
 
 
 def repeated_keys(value: object) -> list[str]:
@@ -98,7 +102,7 @@ def _refuse_constant(text: str) -> NoReturn:
 
 
 _decoder = json.JSONDecoder(
-    object_pairs_hook=JsonObject, parse_int=_read_int, parse_float=_read_float, parse_constant=_refuse_constant
+    object_pairs_hook=_read_object, parse_int=_read_int, parse_float=_read_float, parse_constant=_refuse_constant
 )
 
 
@@ -108,6 +112,17 @@ def dump(document: object) -> bytes:
         return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     except orjson.JSONEncodeError:  # a lone surrogate, which only an escape can carry
         return json.dumps(document, separators=(",", ":"), default=_plain).encode()
+
+
+def dump_line(document: object) -> bytes:
+    """As `dump`, without the three characters at which readers of lines break though JSON lets them stand."""
+    text = dump(document)
+    for raw, escaped in _LINE_BREAKS:
+        text = text.replace(raw, escaped)
+    return text
+
+
+_LINE_BREAKS = tuple((char.encode(), json.dumps(char).strip('"').encode()) for char in "\u0085\u2028\u2029")
 
 
 def _plain(value: object) -> object:

@@ -192,7 +192,7 @@ def _read_vector(vector: object, limit: int) -> bytes:
         raise _AgentError(_first_not_a_number(vector))
     try:
         return _packer(len(vector))(*vector)
-    except OverflowError as exc:
+    except (OverflowError, struct.error) as exc:  # the latter for an int that no double holds
         raise _AgentError(f"vector[{_first_overflow(vector)}] is not finite as a float32") from exc
 
 
@@ -219,7 +219,7 @@ def _first_overflow(vector: list[float]) -> int:
 def _overflows(value: float) -> bool:
     try:
         _packer(1)(value)
-    except OverflowError:
+    except (OverflowError, struct.error):
         return True
     return False
 

@@ -29,6 +29,8 @@ Context = grpc.aio.ServicerContext[pb.PredictStreamRequest, pb.PredictStreamResp
 logger = logging.getLogger(__name__)
 
 METHOD = "PredictStream"
+# Initial metadata, sent at once: a client that knows the limit does not end its stream with a message over it.
+LIMIT_KEY = "inference-router-max-message-bytes"
 # Answers share messages up to this size; one larger answer goes alone.
 MAX_MESSAGE_BYTES = 1024 * 1024
 # What a message costs beside its outputs, generously: an estimate is cheaper than asking protobuf for each answer.
@@ -73,7 +75,8 @@ class StreamSession:
 
         Cancellation, the client's or ours, drops the open calls.
         """
-        await self._context.send_initial_metadata(())
+        limit = self._around.settings.limits.max_message_bytes
+        await self._context.send_initial_metadata(((LIMIT_KEY, str(limit)),))
         reader = asyncio.create_task(self._read_all(), name="predict stream reader")
         try:
             await self._write_all()

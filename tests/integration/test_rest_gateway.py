@@ -201,6 +201,34 @@ async def test_what_is_not_http_is_answered_with_a_problem(data: bytes) -> None:
         assert await client.reader.read() == b""
 
 
+async def test_a_head_without_end_is_refused_at_its_limit() -> None:
+    async with gateway_of(FakeRouter()) as gateway, raw_client(gateway) as client:
+        await client.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 30_000)
+        status, headers = await client.head()
+        assert (status, headers["connection"]) == (431, "close")
+        assert "65,536 bytes" in str((await client.json(headers))["detail"])
+
+
+async def test_heads_within_the_limit_are_counted_one_by_one() -> None:
+    async with gateway_of(FakeRouter()) as gateway, raw_client(gateway) as client:
+        for _ in range(4):
+            await client.predict(TWO_AGENTS, extra=b"a: " + b"b" * 40_000 + b"\r\n")
+            status, headers = await client.head()
+            assert status == 200
+            await client.json(headers)
+
+
+async def test_a_wish_to_upgrade_costs_no_request_its_body() -> None:
+    """Java's HttpClient asks every http:// server for h2c with its first request."""
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+    async with gateway_of(FakeRouter()) as gateway, raw_client(gateway) as client:
+        for _ in range(2):
+            await client.predict(TWO_AGENTS, extra=upgrade)
+            status, headers = await client.head()
+            assert status == 200
+            await client.json(headers)
+
+
 # Clients that leave
 
 

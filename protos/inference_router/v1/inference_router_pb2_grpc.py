@@ -58,7 +58,8 @@ class InferenceRouterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PredictStream(self, request_iterator, context):
-        """Many calls on one long-lived stream, answered as their batches return. A call never fails the stream.
+        """Many calls on one long-lived stream, answered as their batches return. A call never fails the stream, but a message
+        over the router's limit does: initial metadata `inference-router-max-message-bytes`, sent at once, tells it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

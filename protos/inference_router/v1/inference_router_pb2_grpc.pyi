@@ -40,7 +40,9 @@ class InferenceRouterServiceStub:
     failed with one and the same code.
     """
     PredictStream: _grpc.StreamStreamMultiCallable[_inference_router_pb2.PredictStreamRequest, _inference_router_pb2.PredictStreamResponse]
-    """Many calls on one long-lived stream, answered as their batches return. A call never fails the stream."""
+    """Many calls on one long-lived stream, answered as their batches return. A call never fails the stream, but a message
+    over the router's limit does: initial metadata `inference-router-max-message-bytes`, sent at once, tells it.
+    """
 
 @_typing.type_check_only
 class InferenceRouterServiceAsyncStub(InferenceRouterServiceStub):
@@ -50,7 +52,9 @@ class InferenceRouterServiceAsyncStub(InferenceRouterServiceStub):
     failed with one and the same code.
     """
     PredictStream: _aio.StreamStreamMultiCallable[_inference_router_pb2.PredictStreamRequest, _inference_router_pb2.PredictStreamResponse]  # type: ignore[assignment]
-    """Many calls on one long-lived stream, answered as their batches return. A call never fails the stream."""
+    """Many calls on one long-lived stream, answered as their batches return. A call never fails the stream, but a message
+    over the router's limit does: initial metadata `inference-router-max-message-bytes`, sent at once, tells it.
+    """
 
 class InferenceRouterServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -69,6 +73,8 @@ class InferenceRouterServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_inference_router_pb2.PredictStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_router_pb2.PredictStreamResponse], _abc.AsyncIterator[_inference_router_pb2.PredictStreamResponse]]:
-        """Many calls on one long-lived stream, answered as their batches return. A call never fails the stream."""
+        """Many calls on one long-lived stream, answered as their batches return. A call never fails the stream, but a message
+        over the router's limit does: initial metadata `inference-router-max-message-bytes`, sent at once, tells it.
+        """
 
 def add_InferenceRouterServiceServicer_to_server(servicer: InferenceRouterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -304,6 +304,8 @@ async def test_metrics_count_requests_and_agents_under_bounded_labels() -> None:
             await client.get(path)
         await client.request("BREW", "/healthz")
         await client.get("/openapi.json")
+        for number in range(3):  # a path below a mount is the client's own choice
+            await client.get(f"/docs-assets/{number}")
         response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     for line in (
@@ -311,6 +313,7 @@ async def test_metrics_count_requests_and_agents_under_bounded_labels() -> None:
         'gateway_requests_total{method="GET",route="unmatched",status="404"} 3.0',
         'gateway_requests_total{method="other",route="/healthz",status="405"} 1.0',
         'gateway_requests_total{method="GET",route="/openapi.json",status="200"} 1.0',
+        'gateway_requests_total{method="GET",route="/docs-assets",status="404"} 3.0',
         'gateway_agents_total{code="OK"} 2.0',
         'gateway_agents_total{code="INVALID_ARGUMENT"} 1.0',
         'gateway_request_duration_seconds_count{route="/predict"} 1.0',
@@ -387,6 +390,36 @@ async def test_the_examples_of_answers_are_what_gateway_and_mock_answer() -> Non
     assert events.text == openapi.SSE_STREAM
     lines = await predict(router, openapi.ONE_BAD_AGENT, headers={"Accept": "application/x-ndjson"})
     assert lines.text == openapi.NDJSON_STREAM
+
+
+async def test_the_served_examples_keep_their_nulls() -> None:
+    """FastAPI's get_openapi drops them, and with them a member that the schema requires."""
+    async with client_of(FakeRouter()) as client:
+        responses = (await client.get("/openapi.json")).json()["paths"]["/predict"]["post"]["responses"]
+    errors = [
+        error
+        for answer in responses.values()
+        for content in answer["content"].values()
+        if isinstance(example := content.get("example"), dict)
+        for error in (example.get("errors") or {}).values()
+    ]
+    assert len(errors) >= 5
+    for error in errors:
+        assert openapi.AgentError.model_validate(error).model_dump() == error
+
+
+async def test_the_method_not_allowed_on_a_folder_of_files_names_those_that_are() -> None:
+    async with client_of(FakeRouter()) as client:
+        response = await client.delete("/docs-assets/swagger-ui.css")
+    assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
+
+
+async def test_an_int_that_no_double_holds_is_its_agents_fault_whichever_parser_read_it() -> None:
+    """The standard library's reader, which a nested field calls for, keeps such ints; packing them once was a 500."""
+    huge = {"vector": [10**40], "model_name": "m", "meta": {"k": 1}}
+    response = await predict(FakeRouter(), {"agents": {"alice": ALICE, "bob": huge}})
+    assert response.status_code == 207
+    assert response.json()["errors"]["bob"]["detail"] == "vector[0] is not finite as a float32"
 
 
 async def test_the_example_of_every_problem_is_a_problem() -> None:

@@ -47,6 +47,8 @@ def test_variables_set_them_and_empty_ones_do_not(monkeypatch: pytest.MonkeyPatc
     ("variable", "value"),
     [
         ("GATEWAY_LISTEN", "8000"),
+        ("GATEWAY_ROUTER", "http://127.0.0.1:50051"),
+        ("GATEWAY_ROUTER", "router"),
         ("GATEWAY_LISTEN", "127.0.0.1:http"),
         ("GATEWAY_LISTEN", "127.0.0.1:65536"),
         ("GATEWAY_LISTEN", ":8000"),

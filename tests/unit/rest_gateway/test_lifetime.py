@@ -1,6 +1,8 @@
 """Who may end a request's work, and what the work sees of it."""
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 from starlette.types import Message
@@ -81,3 +83,31 @@ async def test_an_ended_task_goes_on_uncancelled() -> None:
     assert task is not None
     assert task.cancelling() == 0
     await asyncio.sleep(0)
+
+
+async def test_a_request_whose_client_left_is_freed_without_the_garbage_collector() -> None:
+    """The error once referred to itself through its traceback, and with it to the request's body."""
+
+    class Body:
+        pass
+
+    async def hold(requests: OpenRequests, client: Client, body: Body) -> Body:
+        with requests.open() as lifetime:
+            lifetime.watch(client.receive)
+            await asyncio.Event().wait()
+        return body
+
+    requests, client, body = OpenRequests(), Client(), Body()
+    freed = weakref.ref(body)
+    client.leaves.set()
+    gc.disable()
+    try:
+        task = asyncio.create_task(hold(requests, client, body))
+        del body
+        await asyncio.wait([task])
+        assert isinstance(task.exception(), ClientGoneError)
+        del task
+        await asyncio.sleep(0)
+        assert freed() is None
+    finally:
+        gc.enable()
