@@ -11,7 +11,7 @@ from pathlib import Path
 import uvloop
 from pythonjsonlogger.json import JsonFormatter
 
-from router.config import ConfigError, Settings, load
+from router.config import ConfigError, Settings, load, unknown_variables
 from router.server import RouterServer, StartError
 
 logger = logging.getLogger("router")
@@ -25,7 +25,8 @@ class OneLine(logging.Formatter):
         request_id = getattr(record, "request_id", None)
         text = record.getMessage() + (f" request_id={request_id}" if request_id else "")
         line = f"{self.formatTime(record)} {record.levelname} {record.name}: {text}"
-        line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+        if not line.isprintable():
+            line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -70,6 +71,8 @@ def main() -> None:
             print(settings.to_yaml(), end="")
             return
         configure_logging(settings)
+        for name in unknown_variables(os.environ):
+            logger.warning("environment variable %s names no setting and is ignored", name)
         run(settings)
     except ConfigError as error:
         sys.exit(_complain(str(error), 2))

@@ -18,8 +18,8 @@ from router.core.policy import Hold, Policy, View
 from router.core.queue import KeyQueue
 from router.core.retry import judge
 from router.core.types import Batch, BatchAnswer, BatchKey, Block, Part
-from router.dispatch.pool import ModelSlots, ReplicaPool, Slot
-from router.errors import BackendError, InternalError, ResourceExhausted, RouterError
+from router.dispatch.pool import CLOCK_SLACK_S, ModelSlots, ReplicaPool, Slot
+from router.errors import BackendError, InternalError, ResourceExhausted, RouterError, Unavailable
 from router.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -107,17 +107,22 @@ class Batcher:
             self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
-        """Expire what is late, want a slot while rows wait, and set the alarm."""
+        """Expire what is late, want a slot while rows wait, and set the alarm.
+
+        A hold is forgotten here and found again by `take` where it still applies. Kept, it would outlive the rows that
+        it was for, or the slot, and set an alarm in the past over and over.
+        """
         self._is_pump_due = False
-        self._last_used = now = self._loop.time()
-        self._expire(now)
+        self._last_used = self._loop.time()
+        self._hold = None
+        self._expire(self._last_used)
         if self._queue.rows:
             self._slots.request(self)
         self._set_alarm()
 
     def _expire(self, now: float) -> None:
         """A call has one deadline, so the first of its rows that is found late ends all of it, here and elsewhere."""
-        for block in self._queue.pop_expired(now):
+        for block in self._queue.pop_expired(now + CLOCK_SLACK_S):
             block.recipient.expire()
 
     def _set_alarm(self) -> None:
@@ -147,7 +152,7 @@ class Batcher:
         self._hold = None
         if not self._queue.rows:
             return None
-        self._hold = self._policy.hold(self._view(slots), now)
+        self._hold = self._policy.hold(self._view(slots), now + CLOCK_SLACK_S)
         if self._hold:
             self._keep(self._hold, slots)
             return None
@@ -182,6 +187,9 @@ class Batcher:
             answer = await self._pool.infer(batch, slot)
         except BackendError as error:
             self._failed(batch, error)
+        except asyncio.CancelledError:
+            _fail(batch.parts, Unavailable("the router is shutting down"))
+            raise
         except Exception:
             logger.exception("batch %s failed inside the router; this is a bug", batch.id)
             _fail(batch.parts, InternalError())
@@ -237,7 +245,7 @@ class _DeadlineAlarm:
         self._timer = self._loop.call_at(min(deadlines), self._ring) if deadlines else None
 
     def _ring(self) -> None:
-        now = self._loop.time()
+        now = self._loop.time() + CLOCK_SLACK_S
         for part in self._parts:
             if part.block.deadline <= now and not part.block.recipient.is_closed:
                 part.block.recipient.expire()

@@ -6,7 +6,7 @@ underscores go one level down, lists and maps are JSON. Units stand in the names
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -36,10 +36,23 @@ def _check_address(address: str) -> str:
     return address
 
 
+def _check_remote(address: str) -> str:
+    if _check_address(address).endswith(":0"):
+        raise ValueError(f"{address!r} names no port to connect to")
+    return address
+
+
 Address = Annotated[str, AfterValidator(_check_address)]
+RemoteAddress = Annotated[str, AfterValidator(_check_remote)]
+# Environment variables have no case, so what they name has none either.
+BackendName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+# gRPC counts message bytes in an int32.
+MessageBytes = Annotated[int, Field(ge=1, lt=2**31)]
+# What a batch's message holds beside its rows: names, shapes, parameters.
+MESSAGE_OVERHEAD_BYTES = 16 * 1024
 
 
 class Section(BaseModel):
@@ -51,13 +64,20 @@ class Section(BaseModel):
 class BackendSettings(Section):
     """A pool of replicas. `max_in_flight`: batches at a time per replica and model; 0: no limit."""
 
-    addresses: list[Address] = Field(min_length=1)
+    addresses: list[RemoteAddress] = Field(min_length=1)
     protocol: Literal["stream"] = "stream"
     max_in_flight: int = Field(4, ge=0)
 
+    @model_validator(mode="after")
+    def _check_addresses(self) -> Self:
+        twice = {address for address in self.addresses if self.addresses.count(address) > 1}
+        if twice:
+            raise ValueError(f"addresses: {', '.join(sorted(twice))} more than once")
+        return self
+
 
 class MatchSettings(Section):
-    """Shell-style patterns, `*` and `?`, case-sensitive."""
+    """Shell-style patterns, `*`, `?` and `[...]`, case-sensitive."""
 
     model_name: str = "*"
     agent_type: str = "*"
@@ -91,8 +111,8 @@ class LimitSettings(Section):
     max_agents: Count = 1024
     max_vector_length: Count = 65_536
     max_name_length: Count = 256
-    max_message_bytes: Count = 16 * 1024 * 1024
-    max_backend_message_bytes: Count = 64 * 1024 * 1024
+    max_message_bytes: MessageBytes = 16 * 1024 * 1024
+    max_backend_message_bytes: MessageBytes = 64 * 1024 * 1024
     max_open_calls: Count = 16_384
     max_queued_rows: Count = 65_536
     max_queued_bytes: Count = 256 * 1024 * 1024
@@ -104,13 +124,18 @@ class Settings(BaseSettings):
     """Everything the router can be told."""
 
     model_config = SettingsConfigDict(
-        env_prefix="ROUTER_", env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=True
+        env_prefix="ROUTER_",
+        env_nested_delimiter="__",
+        env_parse_none_str="null",
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
     )
 
     listen: Address = "127.0.0.1:50051"
     # Where Prometheus scrapes; null turns it off.
     metrics: Address | None = "127.0.0.1:9091"
-    backends: dict[str, BackendSettings] = Field(min_length=1)
+    backends: dict[BackendName, BackendSettings] = Field(min_length=1)
     models: list[ModelSettings] = Field(min_length=1)
     default_timeout_s: PositiveSeconds = 60
     max_timeout_s: PositiveSeconds = 600
@@ -129,6 +154,9 @@ class Settings(BaseSettings):
             if model.backend not in self.backends:
                 known = ", ".join(sorted(self.backends))
                 raise ValueError(f"models.{number}.backend: no backend {model.backend!r}, there are: {known}")
+            if model.max_batch_bytes + MESSAGE_OVERHEAD_BYTES > self.limits.max_backend_message_bytes:
+                limit = f"limits.max_backend_message_bytes = {self.limits.max_backend_message_bytes}"
+                raise ValueError(f"models.{number}.max_batch_bytes: {model.max_batch_bytes} does not fit into {limit}")
         return self
 
     @classmethod
@@ -174,14 +202,36 @@ def _read(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _StrictLoader)  # noqa: S506 (a SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a map of settings, found {type(content).__name__}")
     return {str(name): value for name, value in content.items()}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML says that keys are unique; PyYAML keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key!r} stands there more than once{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """Variables that begin like settings but name none: typing errors, or what Kubernetes sets for a service."""
+    prefix = str(Settings.model_config["env_prefix"])
+    names = [name for name in environment if name.startswith(prefix)]
+    return sorted(
+        name for name in names if name.removeprefix(prefix).lower().partition("__")[0] not in Settings.model_fields
+    )
 
 
 def _describe(error: Mapping[str, Any]) -> str:

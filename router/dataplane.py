@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 # What a caller is told to wait when the router leaves: time enough for another to be found.
 LEAVING_RETRY_AFTER_S = 1.0
 KEYS_RETRY_AFTER_S = 60.0
+# Idle keys are not looked for more often.
+MIN_SWEEP_S = 1.0
 
 
 class Reply(Protocol):
@@ -225,4 +227,4 @@ class DataPlane:
         then = self._loop.time() - idle_s
         for key in [key for key, batcher in self._batchers.items() if batcher.is_idle_since(then)]:
             del self._batchers[key]
-        self._sweep_timer = self._loop.call_later(idle_s / 10, self._sweep)
+        self._sweep_timer = self._loop.call_later(max(idle_s / 10, MIN_SWEEP_S), self._sweep)

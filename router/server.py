@@ -14,7 +14,6 @@ from collections.abc import Callable
 import grpc.aio
 from prometheus_client import start_http_server
 
-from protos.inference_router.v1 import inference_router_pb2_grpc as pb_grpc
 from router.config import Settings
 from router.dataplane import DataPlane
 from router.dispatch.pool import ReplicaPool
@@ -89,7 +88,7 @@ class RouterServer:
 
     async def start(self) -> None:
         """Listen and connect. Raises StartError."""
-        pb_grpc.add_InferenceRouterServiceServicer_to_server(self._servicer, self._server)
+        self._servicer.add_to(self._server)
         self._health.add_to(self._server)
         self._bind()
         self._serve_metrics()
@@ -135,6 +134,8 @@ class RouterServer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_timeout_s):
                 await self.plane.wait_until_idle()
+                self._servicer.end_streams()
+                await self._servicer.wait_until_answered()
 
     async def stop(self) -> None:
         """Fail what is still open, flush it, and let go of everything."""

@@ -12,6 +12,7 @@ The caller passes `now` (monotonic seconds) and asks `wake_at` for the next alar
 import heapq
 import itertools
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -48,8 +49,8 @@ class KeyQueue:
         self._budget = budget
         # Blocks by arrival, each with its waiting parts by row; never an empty list.
         self._waiting: OrderedDict[Block, list[Part]] = OrderedDict()
-        # (deadline, tie-breaker, block), possibly of blocks that have left.
-        self._deadlines: list[tuple[float, int, Block]] = []
+        # (deadline, tie-breaker, block), possibly of blocks that have left: weak, or their bytes would stay with them.
+        self._deadlines: list[tuple[float, int, weakref.ref[Block]]] = []
         self._ties = itertools.count()
         self.rows = 0
 
@@ -89,8 +90,11 @@ class KeyQueue:
             raise InvalidArgument(f"{part.rows} rows at once; at most {self._max_rows} may wait for one model")
         if self.rows + part.rows > self._max_rows:
             raise ResourceExhausted(f"{self.rows} rows wait already, {self._max_rows} may", reason="queue_rows")
+        if part.nbytes > self._budget.max_bytes:
+            raise InvalidArgument(f"{part.nbytes} bytes at once; at most {self._budget.max_bytes} may wait in all")
         if not self._budget.has_room(part.nbytes):
-            raise ResourceExhausted(f"{self._budget.max_bytes} bytes wait already", reason="queue_bytes")
+            message = f"{self._budget.used_bytes} bytes wait already, {self._budget.max_bytes} may"
+            raise ResourceExhausted(message, reason="queue_bytes")
 
     def requeue(self, parts: Iterable[Part]) -> None:
         """Put parts back at the head, in their order, before everything that waits; no bound applies."""
@@ -138,25 +142,25 @@ class KeyQueue:
         """Take the blocks whose deadline has come, the earliest first."""
         expired: list[Block] = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            block = heapq.heappop(self._deadlines)[2]
-            if self.discard(block):
+            block = heapq.heappop(self._deadlines)[2]()
+            if block is not None and self.discard(block):
                 expired.append(block)
         return expired
 
     @property
     def wake_at(self) -> float:
         """The next deadline of a waiting block; infinity when none waits."""
-        while self._deadlines and self._deadlines[0][2] not in self._waiting:
+        while self._deadlines and self._deadlines[0][2]() not in self._waiting:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else math.inf
 
     def _watch(self, block: Block) -> None:
-        heapq.heappush(self._deadlines, (block.deadline, next(self._ties), block))
+        heapq.heappush(self._deadlines, (block.deadline, next(self._ties), weakref.ref(block)))
 
     def _drop_stale(self) -> None:
-        """Keep the heap, and the bytes of the blocks in it, in proportion to what waits."""
+        """Keep the heap in proportion to what waits."""
         if len(self._deadlines) > 2 * len(self._waiting) + STALE_ENTRIES:
-            self._deadlines = [entry for entry in self._deadlines if entry[2] in self._waiting]
+            self._deadlines = [entry for entry in self._deadlines if entry[2]() in self._waiting]
             heapq.heapify(self._deadlines)
 
     def _count(self, rows: int, nbytes: int) -> None:

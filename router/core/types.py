@@ -103,7 +103,7 @@ class Recipient(Protocol):
         """The deadline has passed: every row without an answer fails, wherever it is."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Block:
     """Consecutive rows of one call for one key; the unit that is queued.
 

@@ -22,6 +22,10 @@ from router.core.retry import pause_s
 from router.core.types import Batch, BatchAnswer
 from router.errors import BackendError
 
+# Timers of uvloop have ticks of a millisecond and ring up to half of one early. Without this an alarm that rings early
+# finds nothing due, and rings on until the tick is over.
+CLOCK_SLACK_S = 0.0006
+
 
 class Backend(Protocol):
     """A replica as the pool sees it: replica.Replica, or a fake."""
@@ -32,6 +36,12 @@ class Backend(Protocol):
     @property
     def is_ready(self) -> bool:
         """Whether a batch may be sent."""
+
+    def reserve(self) -> None:
+        """Count a batch that will be sent; at once, so that no two find the last room."""
+
+    def free(self) -> None:
+        """Count a reserved batch as gone."""
 
     def start(self, on_change: Callable[[], None]) -> None:
         """Connect; call back when `is_ready` may have become true."""
@@ -133,19 +143,27 @@ class ModelSlots:
 
         The slot is given away on the loop's next turn: by then a lost batch's rows are back at the head of their queue.
         """
-        seat = slot.seat
-        seat.in_flight -= 1
-        seat.failures = seat.failures + 1 if error and error.may_requeue else 0
-        if seat.failures:
-            chance = random.random()  # noqa: S311 (spreads returns, guards nothing)
-            seat.resume_at = asyncio.get_running_loop().time() + pause_s(seat.failures, chance)
+        slot.seat.in_flight -= 1
+        slot.seat.replica.free()
+        if error is None or not error.may_requeue:
+            slot.seat.failures = 0
+        else:
+            self._pause(slot.seat)
         self._ask_held_again()
         if not self._is_assign_due:
             self._is_assign_due = True
             asyncio.get_running_loop().call_soon(self.assign)
 
+    def _pause(self, seat: Seat) -> None:
+        """Batches that were lost together are one failure, or the pause would grow with their number."""
+        now = asyncio.get_running_loop().time()
+        if seat.resume_at <= now:
+            seat.failures += 1
+            seat.resume_at = now + pause_s(seat.failures, random.random())  # noqa: S311 (spreads, guards nothing)
+
     def _occupy(self, seat: Seat) -> None:
         seat.in_flight += 1
+        seat.replica.reserve()
         self._ask_held_again()
 
     def _ask_held_again(self) -> None:
@@ -158,11 +176,11 @@ class ModelSlots:
 
     def _load(self, seat: Seat, now: float) -> Load:
         has_slot = not self._max_in_flight or seat.in_flight < self._max_in_flight
-        can_take = has_slot and seat.replica.is_ready and seat.resume_at <= now
+        can_take = has_slot and seat.replica.is_ready and seat.resume_at <= now + CLOCK_SLACK_S
         return Load(seat.in_flight, seat.replica.in_flight, can_take)
 
     def _wait_for_pause(self, now: float) -> None:
-        resumes = [seat.resume_at for seat in self._seats if seat.resume_at > now]
+        resumes = [seat.resume_at for seat in self._seats if seat.resume_at > now + CLOCK_SLACK_S]
         if self._resume_timer:
             self._resume_timer.cancel()
             self._resume_timer = None

@@ -141,7 +141,6 @@ class Replica:
         Cancelling it ends the batch's stream. Raises BackendError.
         """
         loop = asyncio.get_running_loop()
-        self.in_flight += 1
         stream = None
         try:
             request = to_request(batch)
@@ -159,10 +158,14 @@ class Replica:
         finally:
             if stream:
                 stream.close()
-            self._let_go()
         return BatchAnswer(outputs, batch.id, batch.rows, self.address, dispatched_at, answered_at)
 
-    def _let_go(self) -> None:
+    def reserve(self) -> None:
+        """See pool.Backend."""
+        self.in_flight += 1
+
+    def free(self) -> None:
+        """See pool.Backend."""
         self.in_flight -= 1
         if self.in_flight == MAX_STREAMS - 1:
             self._on_change()
@@ -231,7 +234,7 @@ class _Stream:
             answered = _answered_id(message)
             if answered in self._carried:
                 logger.warning("backend %s repeated its answer to batch %s; passed over", self._address, answered)
-            elif message.error_message:
+            elif message.error_message and answered in ("", batch_id):
                 raise Refused(model_text(_REQUEST_ID.sub("", message.error_message)))
             elif answered != batch_id:
                 raise Malformed(f"{self._address} answered batch {answered!r} when asked for {batch_id!r}")

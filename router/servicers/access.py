@@ -10,6 +10,7 @@ from router.metrics import Metrics
 
 logger = logging.getLogger("router.access")
 
+CANCELLED = grpc.StatusCode.CANCELLED.name
 OK = grpc.StatusCode.OK.name
 # Some agents of the call failed, others did not.
 PARTIAL = "PARTIAL"
@@ -21,6 +22,13 @@ class Access:
     def __init__(self, metrics: Metrics, log_requests: Literal["off", "errors", "all"]) -> None:
         self._requests = metrics.requests
         self._log_requests = log_requests
+
+    def record_dropped(self, method: str, calls: int) -> None:
+        """So many open calls have ended because their client is gone; one line for all."""
+        if calls:
+            self._requests.labels(method, CANCELLED).inc(calls)
+            if self._log_requests != "off":
+                logger.info("%s client gone with %d calls open", method, calls)
 
     def record(self, method: str, code: str, *, request_id: str, rows: int, started: float, detail: str = "") -> None:
         """A call has ended. `started`: time.monotonic() at its arrival; `detail`: its first error's text."""

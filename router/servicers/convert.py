@@ -21,6 +21,7 @@ GRPC_DEADLINE_MARGIN_S = 0.020
 MAX_BAD_ROWS = 1024
 FLOAT32 = np.dtype("<f4")
 
+_CLASSES = frozenset(pb.PriorityClass.values())
 _CASTABLE = {
     "BOOL": np.dtype("?"),
     "UINT8": np.dtype("u1"),
@@ -95,7 +96,7 @@ def check_name(field: str, name: str, longest: int) -> None:
 
 def check_class(priority_class: int) -> None:
     """Raise InvalidArgument for a number that names no class; proto3 enums are open."""
-    if priority_class not in pb.PriorityClass.values():
+    if priority_class not in _CLASSES:
         raise InvalidArgument(f"priority_class {priority_class} is not one of {', '.join(pb.PriorityClass.keys())}")
 
 
@@ -128,8 +129,13 @@ def check_call(call: pb.Call, settings: Settings) -> int:
     """The call's rows in all. Raises InvalidArgument for a fault of the whole call."""
     check_class(call.priority_class)
     check_name("tenant", call.tenant, settings.limits.max_name_length)
+    check_name("request_id", call.request_id, settings.limits.max_name_length)
     if not call.blocks:
         raise InvalidArgument("the call has no blocks")
+    if len(call.blocks) > settings.limits.max_agents:
+        raise InvalidArgument(
+            f"the call has {len(call.blocks)} blocks, at most {settings.limits.max_agents} are allowed"
+        )
     rows = [block.rows for block in call.blocks]
     if not all(rows):
         raise InvalidArgument(f"block {rows.index(0)} has no rows")
@@ -228,7 +234,8 @@ def vector_rows(answer: BatchAnswer, output: str | None, first: int, rows: int) 
         return tensor.rows(first, rows)
     if tensor.datatype not in _CASTABLE:
         raise ModelFailed(f"the model's output {tensor.name!r} is {tensor.datatype}, which has no form as floats")
-    return np.frombuffer(tensor.rows(first, rows), _CASTABLE[tensor.datatype]).astype(FLOAT32).tobytes()
+    with np.errstate(over="ignore"):  # an FP64 beyond a float32 is infinite to a native caller
+        return np.frombuffer(tensor.rows(first, rows), _CASTABLE[tensor.datatype]).astype(FLOAT32).tobytes()
 
 
 def _choose(outputs: Sequence[Tensor], name: str | None) -> Tensor:

@@ -5,23 +5,25 @@ through a `Reply`.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grpc
 import grpc.aio
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
-from protos.inference_router.v1 import inference_router_pb2_grpc as pb_grpc
 from router.core.types import BatchAnswer, Block, Part
 from router.dataplane import Call
 from router.errors import Cancelled, DeadlineExceeded, InternalError, InvalidArgument, RouterError
 from router.servicers import convert
 from router.servicers.access import OK, PARTIAL
-from router.servicers.status import status_of, to_proto, trailing_metadata
+from router.servicers.status import status_of, status_text, to_proto, trailing_metadata
 from router.servicers.stream import Context as StreamContext
 from router.servicers.stream import StreamSession, Surroundings
 
@@ -29,19 +31,51 @@ logger = logging.getLogger(__name__)
 
 METHOD = "Predict"
 REQUEST_ID_KEY = "x-request-id"
+SERVICE = pb.DESCRIPTOR.services_by_name["InferenceRouterService"].full_name
 
 UnaryContext = grpc.aio.ServicerContext[pb.PredictRequest, pb.PredictResponse]
 
 
-class InferenceServicer(pb_grpc.InferenceRouterServiceServicer):
+class Unreadable:
+    """Stands for bytes that are no PredictRequest; gRPC would take an error here for the service's own: UNKNOWN."""
+
+
+def _read_request(data: bytes) -> pb.PredictRequest | Unreadable:
+    try:
+        return pb.PredictRequest.FromString(data)
+    except DecodeError:
+        return Unreadable()
+
+
+class InferenceServicer:
     """InferenceRouterService of the router."""
 
     def __init__(self, around: Surroundings) -> None:
         self._around = around
-        # State: the streams that are open; whether they have been told that the router leaves, or to end.
+        # State: the streams that are open; RPCs of either kind; whether streams have been told that the router leaves,
+        # or to end.
         self._sessions: set[StreamSession] = set()
+        self._handlers = 0
+        self._has_no_handler = asyncio.Event()
+        self._has_no_handler.set()
         self._is_draining = False
         self._is_ending = False
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Register both methods. Not by the generated function: what cannot be read shall be its sender's fault."""
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Predict": grpc.unary_unary_rpc_method_handler(
+                self.Predict,
+                request_deserializer=_read_request,
+                response_serializer=pb.PredictResponse.SerializeToString,
+            ),
+            "PredictStream": grpc.stream_stream_rpc_method_handler(
+                self.PredictStream,
+                request_deserializer=pb.PredictStreamRequest.FromString,
+                response_serializer=pb.PredictStreamResponse.SerializeToString,
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
     def announce_draining(self) -> None:
         """Tell every stream, and each new one first of all, that the router will stop."""
@@ -55,23 +89,43 @@ class InferenceServicer(pb_grpc.InferenceRouterServiceServicer):
         for session in self._sessions:
             session.end()
 
-    async def PredictStream(  # type: ignore[override]  # noqa: N802 (typed for generators; we read and write)
-        self, _: object, context: StreamContext
-    ) -> None:
+    async def wait_until_answered(self) -> None:
+        """Return when every RPC has ended: its answers are handed to gRPC, not only computed."""
+        await self._has_no_handler.wait()
+
+    @contextlib.contextmanager
+    def _handling(self) -> Iterator[None]:
+        self._handlers += 1
+        self._has_no_handler.clear()
+        try:
+            yield
+        finally:
+            self._handlers -= 1
+            if not self._handlers:
+                self._has_no_handler.set()
+
+    async def PredictStream(self, _: object, context: StreamContext) -> None:  # noqa: N802
         """One client's stream; see StreamSession."""
         session = StreamSession(self._around, context, is_draining=self._is_draining)
         self._sessions.add(session)
         if self._is_ending:
             session.end()
         try:
-            await session.run()
+            with self._handling():
+                await session.run()
         finally:
             self._sessions.discard(session)
 
     async def Predict(  # noqa: N802
-        self, request: pb.PredictRequest, context: UnaryContext
+        self, request: "pb.PredictRequest | Unreadable", context: UnaryContext
     ) -> pb.PredictResponse:
         """Answer when every agent is answered; abort when the request is bad or all agents failed with one code."""
+        if isinstance(request, Unreadable):
+            return await _abort(context, to_proto(InvalidArgument("the request cannot be read as a PredictRequest")))
+        with self._handling():
+            return await self._predict(request, context)
+
+    async def _predict(self, request: pb.PredictRequest, context: UnaryContext) -> pb.PredictResponse:
         reply = _UnaryReply(request, _request_id(context))
         try:
             await self._infer(request, context.time_remaining(), reply)
@@ -223,7 +277,7 @@ def _common_error(response: pb.PredictResponse) -> pb.Error | None:
 
 async def _abort(context: UnaryContext, error: pb.Error) -> pb.PredictResponse:
     pushback = error.retry_pushback_ms if error.HasField("retry_pushback_ms") else None
-    await context.abort(grpc.StatusCode[error.code], error.message, trailing_metadata(pushback))
+    await context.abort(grpc.StatusCode[error.code], status_text(error.message), trailing_metadata(pushback))
     raise AssertionError("abort() returned: this is a bug")
 
 

@@ -29,6 +29,8 @@ CODES: dict[type[RouterError], grpc.StatusCode] = {
     InternalError: grpc.StatusCode.INTERNAL,
 }
 
+# Half of what gRPC takes for all of a status' headers.
+MAX_STATUS_BYTES = 4096
 # gRPC clients whose retry policy lists the code wait this many milliseconds before they try again.
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
@@ -46,6 +48,16 @@ def pushback_ms(error: RouterError) -> int | None:
 def to_proto(error: RouterError) -> pb.Error:
     """The error as a message of the native API."""
     return pb.Error(code=status_of(error).name, message=error.message, retry_pushback_ms=pushback_ms(error))
+
+
+def status_text(message: str) -> str:
+    """The message as far as it fits into a status: gRPC percent-encodes it, and a header over 8 KiB costs the call."""
+    room = MAX_STATUS_BYTES
+    for position, char in enumerate(message):
+        room -= 1 if char.isascii() and char.isprintable() and char != "%" else 3 * len(char.encode())
+        if room < 0:
+            return message[:position]
+    return message
 
 
 def trailing_metadata(retry_pushback_ms: int | None) -> tuple[tuple[str, str], ...]:

@@ -10,9 +10,11 @@ A call is open until its last answer is handed to the wire; only then may its id
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import grpc
 import grpc.aio
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
@@ -36,9 +38,12 @@ MAX_MESSAGE_BYTES = 1024 * 1024
 # What a message costs beside its outputs, generously: an estimate is cheaper than asking protobuf for each answer.
 ANSWER_OVERHEAD_BYTES = 64
 ERROR_OVERHEAD_BYTES = 2048
-# Answers a client may leave unread; past it new calls are refused, so that a stalled reader costs bounded memory.
+# Answers a client may leave unread; past it new calls are refused. Refusals are answers too: past twice this, or twice
+# `max_open_calls`, nothing is read until the client reads, so that a stalled one costs bounded memory.
 MAX_UNREAD_BYTES = 64 * 1024 * 1024
 UNREAD_RETRY_AFTER_S = 1.0
+# Calls, blocks and cancels that are looked at before the others on the loop have their turn.
+TURN = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +66,12 @@ class StreamSession:
         # State: calls by id until their last answer is handed to the wire; what the next message will hold; what wakes
         # the writer; whether the client, or the router, wants to end the stream.
         self._calls: dict[int, _StreamReply] = {}
-        self._outbox: list[tuple[_StreamReply, pb.Answer, int]] = []
+        self._outbox: deque[tuple[_StreamReply, pb.Answer, int]] = deque()
         self._unread_bytes = 0
         self._wants_to_say_draining = is_draining
         self._something_to_do = asyncio.Event()
+        self._has_written = asyncio.Event()
+        self._turn = 0
         self._is_ending = False
 
     def __repr__(self) -> str:
@@ -73,7 +80,8 @@ class StreamSession:
     async def run(self) -> None:
         """Serve until the client has closed its side and has every answer, or until `end`.
 
-        Cancellation, the client's or ours, drops the open calls.
+        Cancellation, the client's or ours, drops the open calls. A message that cannot be read ends the stream with
+        INVALID_ARGUMENT once the calls before it are answered.
         """
         limit = self._around.settings.limits.max_message_bytes
         await self._context.send_initial_metadata(((LIMIT_KEY, str(limit)),))
@@ -82,9 +90,16 @@ class StreamSession:
             await self._write_all()
         finally:
             reader.cancel()
-            for reply in self._calls.values():
-                reply.cancelled()
+            self._drop_open_calls()
             await asyncio.wait([reader])
+        if not reader.cancelled() and (error := reader.exception()) is not None:
+            logger.warning("a stream ends at a message that cannot be read: %r", error)
+            await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message of the stream cannot be read")
+
+    def _drop_open_calls(self) -> None:
+        """The client is gone: one line for all of its calls, of which there may be thousands."""
+        dropped = sum(reply.drop() for reply in self._calls.values())
+        self._around.access.record_dropped(METHOD, dropped)
 
     def say_draining(self) -> None:
         """Tell the client to open another stream."""
@@ -101,19 +116,45 @@ class StreamSession:
     async def _read_all(self) -> None:
         try:
             while isinstance(request := await self._context.read(), pb.PredictStreamRequest):
-                self._take(request)
+                await self._take(request)
         finally:
             self.end()
 
-    def _take(self, request: pb.PredictStreamRequest) -> None:
-        now = self._loop.time()
-        for call in request.calls:
-            self._begin(call, now)
+    async def _take(self, request: pb.PredictStreamRequest) -> None:
+        """First the cancels of calls that were open before this message, so that their ids may come back in it."""
+        late_cancels = []
         for call_id in request.cancels:
-            reply = self._calls.pop(call_id, None)
-            if reply is not None:
-                reply.cancelled()
+            await self._take_turn()
+            if not self._cancel(call_id):
+                late_cancels.append(call_id)
+        for call in request.calls:
+            await self._take_turn(1 + len(call.blocks))
+            await self._wait_for_reader()
+            self._begin(call, self._loop.time())
+        for call_id in late_cancels:
+            await self._take_turn()
+            self._cancel(call_id)
         self._something_to_do.set()
+
+    async def _take_turn(self, work: int = 1) -> None:
+        """Let the others go on after so much work: one message may hold a million calls."""
+        self._turn += work
+        if self._turn >= TURN:
+            self._turn = 0
+            await asyncio.sleep(0)
+
+    async def _wait_for_reader(self) -> None:
+        """Stop reading while the client leaves too much unread; see MAX_UNREAD_BYTES."""
+        limit = 2 * self._around.settings.limits.max_open_calls
+        while len(self._calls) > limit or self._unread_bytes > 2 * MAX_UNREAD_BYTES:
+            self._has_written.clear()
+            await self._has_written.wait()
+
+    def _cancel(self, call_id: int) -> bool:
+        reply = self._calls.pop(call_id, None)
+        if reply is not None:
+            reply.cancelled()
+        return reply is not None
 
     def _begin(self, message: pb.Call, now: float) -> None:
         predecessor = self._calls.get(message.call_id)
@@ -151,6 +192,7 @@ class StreamSession:
             self._something_to_do.clear()
             while message := self._next_message():
                 await self._context.write(message)
+                self._has_written.set()
             if self._is_ending and not self._calls:
                 return
             await self._something_to_do.wait()
@@ -158,18 +200,15 @@ class StreamSession:
     def _next_message(self) -> pb.PredictStreamResponse | None:
         """All that is ready, up to 1 MiB; None when nothing is. A call whose last answer is in it is closed."""
         answers: list[pb.Answer] = []
-        size = taken = 0
-        for reply, answer, answer_size in self._outbox:
-            if answers and size + answer_size > MAX_MESSAGE_BYTES:
-                break
-            taken += 1
+        size = 0
+        while self._outbox and (not answers or size + self._outbox[0][2] <= MAX_MESSAGE_BYTES):
+            reply, answer, answer_size = self._outbox.popleft()
             self._unread_bytes -= answer_size
             if self._calls.get(reply.call_id) is reply:  # else cancelled, or dropped for its id
                 answers.append(answer)
                 size += answer_size
                 if answer.done:
                     del self._calls[reply.call_id]
-        del self._outbox[:taken]
         if not answers and not self._wants_to_say_draining:
             return None
         message = pb.PredictStreamResponse(answers=answers, draining=self._wants_to_say_draining)
@@ -186,6 +225,7 @@ class _StreamReply:
         "_error",
         "_explain",
         "_failed_rows",
+        "_is_recorded",
         "_request_id",
         "_routes",
         "_rows",
@@ -207,6 +247,7 @@ class _StreamReply:
         self._rows = 0
         self._failed_rows = 0
         self._error: RouterError | None = None
+        self._is_recorded = False
 
     def begin(self, around: Surroundings, message: pb.Call, now: float) -> None:
         """Check the call and queue its rows. Raises RouterError for a fault of the whole call."""
@@ -251,6 +292,12 @@ class _StreamReply:
         self._failed_rows = self._rows
         self._record(Cancelled("cancelled by the client"))
 
+    def drop(self) -> bool:
+        """The client is gone; whether this call had not been recorded yet."""
+        if self._call is not None:
+            self._call.cancel()
+        return not self._is_recorded
+
     # -- dataplane.Reply ---------------------------------------------------------------------------------------------
 
     def answered(self, part: Part, answer: BatchAnswer, offset: int, *, is_last: bool) -> None:
@@ -292,6 +339,10 @@ class _StreamReply:
         self._record(error)
 
     def _record(self, error: RouterError | None) -> None:
+        """Once for each call: one that is answered may be cancelled before its answer is written."""
+        if self._is_recorded:
+            return
+        self._is_recorded = True
         code = OK if error is None else status_of(error).name
         if error is not None and self._failed_rows < self._rows:
             code = PARTIAL

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from rest_gateway.app import Server, bind, create_app
+from rest_gateway.app import Server, create_app
 from rest_gateway.config import Settings
+from rest_gateway.listener import bind
 from rest_gateway.routes.lifetime import OpenRequests
 from rest_gateway.routes.router import Router
 from router_client import RouterClient

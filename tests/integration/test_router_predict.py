@@ -280,23 +280,15 @@ async def test_a_batch_that_times_out_runs_elsewhere_and_the_late_stream_is_drop
         await stalled.wait_until_idle()
 
 
-async def test_a_batch_over_the_backends_message_limit_is_refused_before_it_is_written() -> None:
-    async with serving(limits={"max_backend_message_bytes": 1000}) as stack:
-        error = await fails(stack.stub, pb.PredictRequest(agents={"a": agent(*([1.0] * 300))}))
-        assert error.code() is grpc.StatusCode.UNKNOWN
-        assert "over the message limit of 1000 bytes" in str(error.details())
-        assert list((await stack.stub.Predict(pb.PredictRequest(agents={"a": agent(1)}))).results["a"].output)
-        assert stack.mock.arrived == 1
-
-
 async def test_an_answer_over_the_message_limit_fails_its_batch_once_and_its_stream_is_replaced() -> None:
-    async with serving(MockServer(mock_config(output_width=100)), limits={"max_backend_message_bytes": 2000}) as stack:
+    limits, model = {"max_backend_message_bytes": 50_000}, {"max_batch_bytes": 30_000}
+    async with serving(MockServer(mock_config(output_width=5_000)), model=model, limits=limits) as stack:
         five = pb.PredictRequest(agents={str(number): agent(number) for number in range(5)})
         error = await fails(stack.stub, five)
         assert error.code() is grpc.StatusCode.UNKNOWN
         assert "larger than max" in str(error.details())
         assert stack.mock.arrived == 1
-        assert len((await stack.stub.Predict(pb.PredictRequest(agents={"a": agent(1)}))).results["a"].output) == 100
+        assert len((await stack.stub.Predict(pb.PredictRequest(agents={"a": agent(1)}))).results["a"].output) == 5_000
 
 
 async def test_a_doubled_answer_is_passed_over_by_the_next_batch_on_the_stream() -> None:
@@ -383,3 +375,23 @@ async def test_a_bug_of_ours_reaches_the_caller_as_a_fixed_text(monkeypatch: pyt
         monkeypatch.setattr("router.servicers.convert.from_agents", broken)
         error = await fails(stack.stub, pb.PredictRequest(agents={"a": agent(1)}))
         assert (error.code(), error.details()) == (grpc.StatusCode.INTERNAL, "internal error")
+
+
+async def test_bytes_that_are_no_request_are_their_senders_fault() -> None:
+    async with serving() as stack, open_channel(stack.router.address) as channel:
+        path = "/inference_router.v1.InferenceRouterService/Predict"
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
+        for data in (b"\xff\xff\xff", b"\x0a\x04\x0a\x02\xff\xfe"):  # no wire format; a name that is no UTF-8
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await call(data)
+            assert failed.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert failed.value.details() == "the request cannot be read as a PredictRequest"
+
+
+async def test_a_text_that_no_status_can_hold_is_cut_and_keeps_its_code() -> None:
+    """gRPC percent-encodes a status' text; past 8 KiB the caller got RESOURCE_EXHAUSTED instead of the real code."""
+    name = "\N{GRINNING FACE}" * 250
+    async with serving(model={"match": {"model_name": "churn"}}, limits={"max_name_length": 2_000}) as stack:
+        error = await fails(stack.stub, pb.PredictRequest(agents={"a": agent(1, model=name * 4)}))
+        assert error.code() is grpc.StatusCode.NOT_FOUND
+        assert len(str(error.details())) > 300

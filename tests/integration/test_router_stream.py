@@ -5,12 +5,13 @@ import math
 import struct
 
 import grpc
+import grpc.aio
 import pytest
 
 from mock_nn.config import parse_fault
 from mock_nn.server import MockServer
 from protos.inference_router.v1 import inference_router_pb2 as pb
-from tests.integration.stack import Gate, Stream, block, floats, mock_config, serving, truth
+from tests.integration.stack import Gate, Stream, block, floats, mock_config, open_channel, serving, truth
 
 pytestmark = pytest.mark.anyio
 
@@ -259,14 +260,37 @@ async def test_draining_is_said_at_once_and_as_the_first_word_of_a_new_stream_an
         assert message.draining
         await new.send(call(2))
         await stack.mock.wait_for_arrivals(2)
+        while (refused := await ask(new)).error.code != "UNAVAILABLE":
+            assert refused.error.code == "DEADLINE_EXCEEDED"
+        assert (refused.rows, refused.done, refused.error.retry_pushback_ms) == (0, True, 1000)
         gate.open()
         assert floats((await old.answer()).outputs) == truth("churn", [[1]])
         assert floats((await new.answer()).outputs) == truth("churn", [[2]])
         await drain
-        await new.send(call(3))
-        refused = await new.answer()
-        assert (refused.rows, refused.done, refused.error.code) == (0, True, "UNAVAILABLE")
-        assert refused.error.retry_pushback_ms == 1000
+
+
+async def ask(stream: Stream) -> pb.Answer:
+    """A call that gives up soon."""
+    await stream.send(call(3, timeout_s=0.02))
+    return await stream.answer()
+
+
+async def test_a_drain_waits_until_answers_are_written_and_not_only_computed() -> None:
+    """A client that read slowly once lost what was computed for it: the drain ended when no row was open."""
+    async with serving(MockServer(mock_config(output_width=10_000)), model={"max_batch_size": 1024}) as stack:
+        stream = Stream(stack.stub)
+        await stream.send(*(call(number) for number in range(500)))
+        await stack.mock.wait_for_arrivals(1)
+        await stack.until_gauge("router_open_calls", 0)
+        drain = asyncio.create_task(stack.router.drain())
+        drain.add_done_callback(lambda _: stop_at.append(len(answers)))
+        stop_at: list[int] = []
+        answers: list[pb.Answer] = []
+        while len(answers) < 500:
+            assert not stop_at
+            answers.append(await stream.answer())
+        assert await stream.close() is grpc.StatusCode.OK
+        await drain
 
 
 async def test_stopping_ends_streams_in_good_order_once_their_calls_are_answered() -> None:
@@ -275,13 +299,14 @@ async def test_stopping_ends_streams_in_good_order_once_their_calls_are_answered
         await busy.send(call(1))
         await busy.answer()
         await idle.call.wait_for_connection()
-        await stack.router.drain()
-        assert [await stream.message() is not None for stream in (idle, busy)] == [True, True]
-        stopping = asyncio.create_task(stack.router.stop())
+        drain = asyncio.create_task(stack.router.drain())
         for stream in (idle, busy):
+            message = await stream.message()
+            assert message is not None
+            assert message.draining
             assert await stream.message() is None
             assert await stream.call.code() is grpc.StatusCode.OK
-        await stopping
+        await drain
 
 
 async def test_calls_still_open_when_the_drain_time_is_over_are_told_so() -> None:
@@ -307,3 +332,100 @@ async def test_a_value_that_is_not_a_float32_vector_cannot_shift_its_neighbours(
         answers = {answer.call_id: answer for answer in await stream.answers(2)}
         assert answers[1].error.code == "INVALID_ARGUMENT"
         assert floats(answers[2].outputs) == truth("churn", [[1, 2]])
+
+
+async def test_an_id_cancelled_in_a_message_may_come_back_in_the_same() -> None:
+    gate = Gate()
+    async with serving(gate.mock()) as stack:
+        stream = Stream(stack.stub)
+        await stream.send(call(1))
+        await stack.mock.wait_for_arrivals(1)
+        await stream.send(call(1), cancels=[1])
+        gate.open()
+        assert floats((await stream.answer()).outputs) == truth("churn", [[1]])
+        assert await stream.close() is grpc.StatusCode.OK
+
+
+async def test_a_call_and_its_cancel_in_one_message_get_no_answer() -> None:
+    async with serving() as stack:
+        stream = Stream(stack.stub)
+        await stream.send(call(1), call(2), cancels=[1])
+        assert (await stream.answer()).call_id == 2
+        assert await stream.close() is grpc.StatusCode.OK
+        assert stack.count("router_requests_total", method="PredictStream", code="CANCELLED") == 1
+
+
+async def test_every_call_is_counted_once() -> None:
+    async with serving() as stack:
+        stream = Stream(stack.stub)
+        await stream.send(*(call(1) for _ in range(10)))
+        await stream.answers(1)
+        counts = [
+            stack.count("router_requests_total", method="PredictStream", code=code)
+            for code in ("INVALID_ARGUMENT", "CANCELLED")
+        ]
+        assert sum(counts) == 10
+
+
+async def test_a_message_that_cannot_be_read_ends_the_stream_as_its_senders_fault() -> None:
+    """The reader once died in silence: later calls were never answered, and the stream ended OK."""
+    async with serving() as stack, open_channel(stack.router.address) as channel:
+        raw: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(
+            "/inference_router.v1.InferenceRouterService/PredictStream"
+        )()
+        await raw.write(b"\xff\xff\xff")
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await raw.read()
+        assert failed.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_call_of_too_many_blocks_or_too_long_an_id_is_refused_whole() -> None:
+    async with serving() as stack:
+        stream = Stream(stack.stub)
+        many = pb.Call(call_id=1, blocks=[pb.Block(rows=1)] * 1025)
+        long = pb.Call(call_id=2, request_id="x" * 257, blocks=[block("churn", [[1]])])
+        await stream.send(many, long)
+        first, second = await stream.answers(2)
+        assert first.error.message == "the call has 1025 blocks, at most 1024 are allowed"
+        assert second.error.message == "request_id has 257 characters, at most 256 are allowed"
+
+
+async def test_a_message_of_many_calls_leaves_the_others_their_turn() -> None:
+    """A message of a million calls once stopped the whole router for seconds."""
+    async with serving() as stack:
+        flood, neighbour = Stream(stack.stub), Stream(stack.stub)
+        await neighbour.send(call(1))
+        await neighbour.answer()
+        await flood.send(*(pb.Call(call_id=number) for number in range(30_000)))
+        asked = asyncio.create_task(neighbour_asks(neighbour))
+        answered = 0
+        while not asked.done():
+            await flood.answer()
+            answered += 1
+        assert answered < 30_000
+
+
+async def neighbour_asks(stream: Stream) -> None:
+    await stream.send(call(2))
+    assert floats((await stream.answer()).outputs) == truth("churn", [[2]])
+
+
+async def test_a_client_that_only_sends_is_not_read_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refusals are answers too: they once piled up without bound for a client that never read."""
+    monkeypatch.setattr("router.servicers.stream.MAX_UNREAD_BYTES", 200_000)
+    async with serving(limits={"max_open_calls": 100_000}) as stack:
+        stream = Stream(stack.stub)
+        sender = asyncio.create_task(send_for_ever(stream))
+        seen = -1.0
+        while seen != (seen := stack.count("router_requests_total", method="PredictStream", code="INVALID_ARGUMENT")):
+            await asyncio.wait([sender], timeout=0.5)
+        assert not sender.done()
+        sender.cancel()
+        await asyncio.wait([sender])
+
+
+async def send_for_ever(stream: Stream) -> None:
+    number = 0
+    while True:
+        await stream.send(*(pb.Call(call_id=number + n) for n in range(2_000)))
+        number += 2_000

@@ -58,6 +58,13 @@ class FakeBackend:
         self._is_ready = is_ready
         self._on_change()
 
+    def reserve(self) -> None:
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+
+    def free(self) -> None:
+        self.in_flight -= 1
+
     def start(self, on_change: Callable[[], None]) -> None:
         self._on_change = on_change
 
@@ -70,12 +77,7 @@ class FakeBackend:
         self.sent.append(sent)
         if self._service_s is not None:
             loop.call_later(self._service_s, sent.answer)
-        self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        try:
-            outputs = await sent.future
-        finally:
-            self.in_flight -= 1
+        outputs = await sent.future
         return BatchAnswer(outputs, batch.id, batch.rows, self.address, sent.at, loop.time())
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from router.config import ConfigError, load
+from router.config import ConfigError, load, unknown_variables
 
 DESIGNED_DEFAULTS = {
     "listen": "127.0.0.1:50051",
@@ -91,7 +91,6 @@ BASE = "backends: {mock: {addresses: ['h:1']}}\nmodels: [{backend: mock}]\n"
     [
         ("listen: [", "given.yaml is not YAML"),
         ("- a list", "expected a map of settings, found list"),
-        ("", "expected a map of settings, found NoneType"),
         ("models: [{backend: mock}]", "backends: Field required"),
         ("backends: {mock: {addresses: []}}\nmodels: [{backend: mock}]", "backends.mock.addresses: "),
         (
@@ -110,6 +109,12 @@ BASE = "backends: {mock: {addresses: ['h:1']}}\nmodels: [{backend: mock}]\n"
             "models.0.backend: no backend 'other', there are: mock",
         ),
         ("backends: {mock: {addresses: ['h:1']}}\nmodels: []", "models: "),
+        (BASE + "listen: 127.0.0.1:1\nlisten: 127.0.0.1:2", "'listen' stands there more than once"),
+        ("backends: {GPU: {addresses: ['h:1']}}\nmodels: [{backend: GPU}]", "backends.GPU.[key]: String should match"),
+        ("backends: {mock: {addresses: ['h:1', 'h:1']}}\nmodels: [{backend: mock}]", "h:1 more than once"),
+        ("backends: {mock: {addresses: ['h:0']}}\nmodels: [{backend: mock}]", "'h:0' names no port to connect to"),
+        (BASE + "limits: {max_message_bytes: 2147483648}", "limits.max_message_bytes: "),
+        (BASE + "limits: {max_backend_message_bytes: 8388608}", "models.0.max_batch_bytes: 8388608 does not fit into"),
         (BASE + "lisen: 127.0.0.1:1", "lisen: Extra inputs are not permitted"),
         (BASE + "default_timeout_s: 0", "default_timeout_s: Input should be greater than 0"),
         (BASE + "max_timeout_s: .nan", "max_timeout_s: "),
@@ -134,6 +139,20 @@ def test_a_wrong_setting_is_named(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as wrong:
         load(write(text))
     assert message in str(wrong.value)
+
+
+def test_a_file_of_comments_changes_nothing() -> None:
+    assert load(write("# nothing yet")) == load()
+
+
+def test_metrics_can_be_turned_off_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROUTER_METRICS", "null")
+    assert load().metrics is None
+
+
+def test_variables_that_name_no_setting_are_told() -> None:
+    names = ["ROUTER_LISTN", "ROUTER_LISTEN", "ROUTER_LIMITS__MAX_KEYS", "PATH", "ROUTER_SERVICE_HOST"]
+    assert unknown_variables(names) == ["ROUTER_LISTN", "ROUTER_SERVICE_HOST"]
 
 
 def test_a_missing_file_is_named() -> None:

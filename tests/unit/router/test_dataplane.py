@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from router.batcher import Batcher
 from router.config import Settings
 from router.core.types import BatchAnswer, BatchKey, Block, Part, Tensor
 from router.dataplane import Call, DataPlane
@@ -208,6 +209,38 @@ async def test_a_hold_for_an_idle_model_lapses_when_another_key_takes_a_slot() -
         await asyncio.sleep(10)
 
 
+@pytest.mark.parametrize("what", ["the row is cancelled", "another key takes the slot", "the replica is lost"])
+async def test_a_hold_that_has_lost_its_reason_rings_no_more(what: str) -> None:
+    """The hold's end once stayed the alarm, in the past: the batcher rang for ever and took a whole core."""
+    backend = FakeBackend(service_s=5.0)
+    async with plane_of(backend, model={"max_queue_delay_s": 0.1}) as plane:
+        plane.call([1])
+        await asyncio.sleep(10)
+        held = plane.call([2])
+        await asyncio.sleep(0.01)
+        assert len(backend.sent) == 1
+        if what == "the row is cancelled":
+            held.call.cancel()
+        elif what == "another key takes the slot":
+            plane.call((make_key(agent_type="other"), range(4)))
+        else:
+            backend.set_ready(is_ready=False)
+        rings = 0
+        ring = Batcher._ring  # noqa: SLF001 (what must not happen has no other trace)
+
+        def count(self: Batcher) -> None:
+            nonlocal rings
+            rings += 1
+            assert rings < 100, "it rings over and over"
+            ring(self)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Batcher, "_ring", count)
+            await asyncio.sleep(0.5)
+        backend.set_ready(is_ready=True)
+        await asyncio.sleep(20)
+
+
 async def test_a_backend_without_slot_limit_is_fed_by_a_plain_window() -> None:
     backend = FakeBackend(service_s=5.0)
     async with plane_of(backend, model={"max_queue_delay_s": 0.02, "max_batch_size": 64}, slots=0) as plane:
@@ -328,6 +361,41 @@ async def test_a_replica_that_failed_pauses_before_it_gets_the_rows_again() -> N
         await asyncio.sleep(0.026)
         assert len(backend.sent) == 2
         backend.sent[1].answer()
+
+
+async def test_batches_that_are_lost_together_pause_the_replica_once() -> None:
+    """The pause once doubled with each batch that was in flight, up to 2 s for one lost connection."""
+    backend = FakeBackend()
+    async with plane_of(backend, slots=16) as plane:
+        plane.call(range(64))
+        await settle()
+        for sent in list(backend.sent):
+            sent.fail(StreamLost("gone"))
+        await asyncio.sleep(0.07)
+        assert len(backend.sent) == 32
+        for sent in backend.sent[16:]:
+            sent.answer()
+        await settle()
+
+
+async def test_a_replica_gets_no_more_batches_at_once_than_it_has_room_for() -> None:
+    """Room was once counted when a batch's task began, so that one turn of the loop sent any number."""
+
+    class Small(FakeBackend):
+        @property
+        def is_ready(self) -> bool:
+            return self.in_flight < 3
+
+        def free(self) -> None:
+            super().free()
+            self.set_ready(is_ready=True)
+
+    backend = Small(service_s=1.0)
+    async with plane_of(backend, model={"max_batch_size": 1}, slots=0) as plane:
+        caller = plane.call(range(10))
+        await asyncio.sleep(10)
+        assert backend.most_in_flight == 3
+        assert len(caller.values) == 10
 
 
 async def test_a_models_failure_pauses_the_replica_for_that_model_only() -> None:

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from router.core.queue import STALE_ENTRIES, Budget, KeyQueue
+from router.core.queue import Budget, KeyQueue
 from router.core.types import Block, Part
 from router.errors import InvalidArgument, ResourceExhausted
 from tests.builders import make_block, make_key, values_of
@@ -148,23 +148,25 @@ def test_requeueing_ignores_the_bounds_because_the_rows_were_accepted() -> None:
     assert queue.rows == 4
 
 
-def test_blocks_that_left_do_not_pile_up_behind_their_deadlines() -> None:
-    """A cancelled block's bytes must not stay until its deadline, ten minutes away."""
-
-    class Watched:
-        is_closed = False
-
+def test_blocks_that_left_are_not_kept_by_their_deadlines() -> None:
+    """Entries in the heap of deadlines once kept a gigabyte of rows that had been answered long ago."""
     queue = make_queue(max_rows=10_000)
-    alive: weakref.WeakSet[Watched] = weakref.WeakSet()
-    for _ in range(10 * STALE_ENTRIES):
-        watched = Watched()
-        alive.add(watched)
-        block = make_block(1, deadline=600.0, recipient=watched)  # type: ignore[arg-type]
+    queue.push(make_block(0, deadline=1.0))
+    alive: weakref.WeakSet[Block] = weakref.WeakSet()
+    for number in range(50):
+        block = make_block(number, deadline=600.0)
+        alive.add(block)
         queue.push(block)
         queue.discard(block)
-        del block, watched
+        del block
     gc.collect()
-    assert len(alive) <= STALE_ENTRIES + 1
+    assert len(alive) == 0
+    assert queue.wake_at == 1.0
+
+
+def test_a_block_over_the_processs_bytes_could_never_wait_and_is_the_callers_fault() -> None:
+    with pytest.raises(InvalidArgument, match="24 bytes at once; at most 16 may wait in all"):
+        make_queue(max_bytes=16).push(make_block(*range(6)))
 
 
 class QueueAgainstModel(RuleBasedStateMachine):
