@@ -56,7 +56,7 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._slots: ModelSlots = pool.slots(key.model)
         # State: what waits; why it waits although a slot was at hand; what is in flight, with its tasks; the timer and
-        # when it rings; whether `_pump` is about to run; when the last row came or went.
+        # when it rings; whether `_pump` is about to run; what came since it last ran; when the last row came or went.
         self._queue = queue
         self._hold: Hold | None = None
         self._in_flight: dict[Batch, asyncio.Task[None]] = {}
@@ -64,6 +64,7 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
         self._is_pump_due = False
+        self._new_blocks = self._new_rows = 0
         self._last_used = self._loop.time()
 
     def __repr__(self) -> str:
@@ -76,8 +77,8 @@ class Batcher:
         except ResourceExhausted as error:
             error.retry_after_s = self._policy.service_s or DEFAULT_RETRY_AFTER_S
             raise
-        self._policy.arrived(block.arrived_at)
-        self._accepted_rows.inc(block.rows)
+        self._new_blocks += 1
+        self._new_rows += block.rows
         self._pump_soon()
 
     def discard(self, block: Block) -> None:
@@ -115,10 +116,17 @@ class Batcher:
         self._is_pump_due = False
         self._last_used = self._loop.time()
         self._hold = None
+        self._count_arrivals(self._last_used)
         self._expire(self._last_used)
         if self._queue.rows:
             self._slots.request(self)
         self._set_alarm()
+
+    def _count_arrivals(self, now: float) -> None:
+        if self._new_blocks:
+            self._policy.arrived(self._new_blocks, now)
+            self._accepted_rows.inc(self._new_rows)
+            self._new_blocks = self._new_rows = 0
 
     def _expire(self, now: float) -> None:
         """A call has one deadline, so the first of its rows that is found late ends all of it, here and elsewhere."""

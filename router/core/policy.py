@@ -56,8 +56,8 @@ class Hold:
 class Policy(Protocol):
     """One key's release rule."""
 
-    def arrived(self, now: float) -> None:
-        """A block has come."""
+    def arrived(self, blocks: int, now: float) -> None:
+        """So many blocks have come."""
 
     def completed(self, service_s: float) -> None:
         """A batch of the key came back after `service_s`."""
@@ -89,9 +89,9 @@ class Rate:
         self._value = 0.0
         self._at = 0.0
 
-    def add(self, now: float, span_s: float) -> None:
-        """Count one event."""
-        self._value = self.at(now, span_s) + 1.0 / span_s
+    def add(self, events: int, now: float, span_s: float) -> None:
+        """Count events."""
+        self._value = self.at(now, span_s) + events / span_s
         self._at = now
 
     def at(self, now: float, span_s: float) -> float:
@@ -113,9 +113,9 @@ class WorkConserving:
         """See Policy."""
         return self._service.value
 
-    def arrived(self, now: float) -> None:
+    def arrived(self, blocks: int, now: float) -> None:
         """See Policy."""
-        self._blocks.add(now, self._span_s())
+        self._blocks.add(blocks, now, self._span_s())
 
     def completed(self, service_s: float) -> None:
         """See Policy."""
@@ -157,7 +157,7 @@ class Window:
         """See Policy."""
         return self._service.value
 
-    def arrived(self, now: float) -> None:
+    def arrived(self, blocks: int, now: float) -> None:
         """See Policy; a window does not care how many come."""
 
     def completed(self, service_s: float) -> None:

@@ -1,4 +1,7 @@
-"""The nouns of the data path: key, block, part, batch, outputs. Frozen, and never one object per row.
+"""The nouns of the data path: key, block, part, batch, outputs. Never one object per row, and never changed.
+
+What is made once per block (`Block`, `Part`) is frozen by agreement only: `frozen=True` makes it three times as dear
+(1.3 µs instead of 0.4 for a block).
 
 A request's rows for one key travel as a `Block`: raw little-endian bytes per input tensor. A `Part` is a run of a
 block's rows; a boundary between batches may cut a block, so a `Batch` is made of parts. Coordinates: a block begins at
@@ -59,6 +62,8 @@ class BatchKey:
     agent_type: str
     inputs: tuple[TensorSpec, ...]
     parameters: tuple[tuple[str, ParameterValue], ...] = ()
+    # Bytes of one row over all inputs.
+    row_bytes: int = field(init=False, repr=False)
     _identity: tuple[Hashable, ...] = field(init=False, repr=False)
     _hash: int = field(init=False, repr=False)
 
@@ -66,6 +71,7 @@ class BatchKey:
         # True == 1 == 1.0 in Python, but not for a model: the values' types are part of the identity.
         typed = tuple((name, type(value).__name__, value) for name, value in self.parameters)
         identity = (self.model_name, self.model_version, self.agent_type, self.inputs, typed)
+        object.__setattr__(self, "row_bytes", sum(spec.row_bytes for spec in self.inputs))
         object.__setattr__(self, "_identity", identity)
         object.__setattr__(self, "_hash", hash(identity))
 
@@ -79,11 +85,6 @@ class BatchKey:
     def model(self) -> tuple[str, str]:
         """Name and version: what slots are counted by."""
         return self.model_name, self.model_version
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row over all inputs."""
-        return sum(spec.row_bytes for spec in self.inputs)
 
 
 class Recipient(Protocol):
@@ -103,7 +104,7 @@ class Recipient(Protocol):
         """The deadline has passed: every row without an answer fails, wherever it is."""
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Block:
     """Consecutive rows of one call for one key; the unit that is queued.
 
@@ -126,7 +127,7 @@ class Block:
         return Part(self, 0, self.rows, 0)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Part:
     """Rows first .. first + rows - 1 of a block; `attempts` counts how often they came back without an answer."""
 

@@ -63,6 +63,8 @@ class StreamSession:
         self._around = around
         self._context = context
         self._loop = asyncio.get_running_loop()
+        self._max_open = around.settings.limits.max_open_calls
+        self._max_known = 2 * self._max_open
         # State: calls by id until their last answer is handed to the wire; what the next message will hold; what wakes
         # the writer; whether the client, or the router, wants to end the stream.
         self._calls: dict[int, _StreamReply] = {}
@@ -124,29 +126,34 @@ class StreamSession:
         """First the cancels of calls that were open before this message, so that their ids may come back in it."""
         late_cancels = []
         for call_id in request.cancels:
-            await self._take_turn()
+            self._turn += 1
+            if self._turn >= TURN:
+                await self._take_turn()
             if not self._cancel(call_id):
                 late_cancels.append(call_id)
         for call in request.calls:
-            await self._take_turn(1 + len(call.blocks))
-            await self._wait_for_reader()
+            self._turn += 1 + len(call.blocks)
+            if self._turn >= TURN:
+                await self._take_turn()
+            if self._is_overfull:
+                await self._wait_for_reader()
             self._begin(call, self._loop.time())
         for call_id in late_cancels:
-            await self._take_turn()
             self._cancel(call_id)
         self._something_to_do.set()
 
-    async def _take_turn(self, work: int = 1) -> None:
-        """Let the others go on after so much work: one message may hold a million calls."""
-        self._turn += work
-        if self._turn >= TURN:
-            self._turn = 0
-            await asyncio.sleep(0)
+    async def _take_turn(self) -> None:
+        """Let the others go on: one message may hold a million calls."""
+        self._turn = 0
+        await asyncio.sleep(0)
+
+    @property
+    def _is_overfull(self) -> bool:
+        """Whether the client leaves too much unread; see MAX_UNREAD_BYTES."""
+        return len(self._calls) > self._max_known or self._unread_bytes > 2 * MAX_UNREAD_BYTES
 
     async def _wait_for_reader(self) -> None:
-        """Stop reading while the client leaves too much unread; see MAX_UNREAD_BYTES."""
-        limit = 2 * self._around.settings.limits.max_open_calls
-        while len(self._calls) > limit or self._unread_bytes > 2 * MAX_UNREAD_BYTES:
+        while self._is_overfull:
             self._has_written.clear()
             await self._has_written.wait()
 
@@ -172,9 +179,10 @@ class StreamSession:
             reply.abort(InternalError())
 
     def _check_room(self) -> None:
-        limit = self._around.settings.limits.max_open_calls
-        if len(self._calls) > limit:
-            raise ResourceExhausted(f"{limit} calls of this stream are open", reason="open_calls", retry_after_s=1.0)
+        if len(self._calls) > self._max_open:
+            raise ResourceExhausted(
+                f"{self._max_open} calls of this stream are open", reason="open_calls", retry_after_s=1.0
+            )
         if self._unread_bytes > MAX_UNREAD_BYTES:
             message = "the answers of this stream are not being read"
             raise ResourceExhausted(message, reason="unread", retry_after_s=UNREAD_RETRY_AFTER_S)
@@ -251,7 +259,7 @@ class _StreamReply:
 
     def begin(self, around: Surroundings, message: pb.Call, now: float) -> None:
         """Check the call and queue its rows. Raises RouterError for a fault of the whole call."""
-        self._rows = convert.check_call(message, around.settings)
+        self._rows = convert.check_call(message, around.settings.limits)
         asked_s = message.timeout_s if message.HasField("timeout_s") else None
         terms = convert.Terms(now, convert.timeout_s(asked_s, None, around.settings))
         call = self._call = around.plane.open(self, self._rows, terms.timeout_s)
@@ -311,9 +319,13 @@ class _StreamReply:
         except RouterError as error:
             self.failed(block.index, first_row, part.rows, error, is_last=is_last)
             return
-        message = pb.Answer(
-            call_id=self.call_id, block=block.index, first_row=first_row, rows=part.rows, outputs=outputs, done=is_last
-        )
+        message = pb.Answer()  # set field by field: by keyword it costs half as much again
+        message.call_id = self.call_id
+        message.block = block.index
+        message.first_row = first_row
+        message.rows = part.rows
+        message.outputs = outputs
+        message.done = is_last
         if self._explain:
             message.explanation.CopyFrom(convert.explain(part, answer))
         self._session.send(self, message, len(outputs) + ANSWER_OVERHEAD_BYTES)

@@ -129,7 +129,7 @@ def test_an_unknown_class_is_refused() -> None:
 )
 def test_a_fault_of_the_call_refuses_it_whole(settings: Settings, call: pb.Call, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
-        convert.check_call(call, settings)
+        convert.check_call(call, settings.limits)
 
 
 @pytest.mark.parametrize("nbytes", [0, 7, 9, 12])

@@ -17,7 +17,7 @@ def dense(policy: WorkConserving, now: float, blocks_per_s: float) -> WorkConser
     """Let blocks arrive evenly for a long while, up to `now`."""
     gap = 1 / blocks_per_s
     for number in reversed(range(round(3 * blocks_per_s))):
-        policy.arrived(now - number * gap)
+        policy.arrived(1, now - number * gap)
     return policy
 
 
@@ -85,7 +85,7 @@ def test_zero_delay_turns_every_hold_off() -> None:
 
 def test_a_window_waits_for_its_delay_or_a_full_batch() -> None:
     window = Window(0.02)
-    window.arrived(0.0)
+    window.arrived(1, 0.0)
     window.completed(5.0)
     assert window.hold(view(oldest_at=1.0), now=1.0) == Hold(1.02)
     assert window.hold(view(oldest_at=1.0, busy_slots=3), now=math.nextafter(1.02, 0)) is not None
@@ -110,6 +110,6 @@ def test_the_service_time_is_a_mean_that_follows_the_newest_batches(policy: Work
 def test_a_rate_settles_at_the_truth_and_decays_when_nothing_comes() -> None:
     rate = Rate()
     for number in range(1000):
-        rate.add(number * 0.01, span_s=0.25)
+        rate.add(1, number * 0.01, span_s=0.25)
     assert rate.at(9.99, span_s=0.25) == pytest.approx(100, rel=0.03)
     assert rate.at(9.99 + 0.25, span_s=0.25) == pytest.approx(100 / math.e, rel=0.03)
