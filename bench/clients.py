@@ -1,0 +1,216 @@
+"""The ways to ask, each reduced to `ask(variant)`. A load process must not be what is measured, so requests are built
+once, and an answer is looked at no closer than it takes to tell success from failure.
+"""
+
+import asyncio
+from collections import defaultdict
+from typing import Protocol, cast
+from urllib.parse import urlsplit
+
+import httptools
+import numpy as np
+import orjson
+from grpc import aio
+
+from bench.workloads import AGENT_TYPE, AgentRow, Workload
+from protos.inference_router.v1 import inference_router_pb2 as pb
+from router_client import RouterClient
+
+CONNECT_TIMEOUT_S = 30.0
+METHOD = "/inference_router.v1.InferenceRouterService/Predict"
+
+
+class AskError(Exception):
+    """A request was not answered as it should be."""
+
+
+class Client(Protocol):
+    """Callers of one load process; `ask` raises for an answer that is not the expected one."""
+
+    async def open(self) -> None: ...
+
+    async def ask(self, variant: int) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+class UnaryClient:
+    """`Predict`, all callers on one channel. Bytes in and bytes out: protobuf's work is the server's alone."""
+
+    def __init__(self, address: str, workload: Workload) -> None:
+        self._channel = aio.insecure_channel(
+            address, [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+        )
+        self._call: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(METHOD)
+        self._requests = [_predict_request(agents) for agents in workload.requests()]
+        self._lengths: list[int] = []
+
+    async def open(self) -> None:
+        """Ask each variant once; a good answer has the same length ever after, an agent's error has another."""
+        for request in self._requests:
+            answer = await self._call(request, timeout=CONNECT_TIMEOUT_S, wait_for_ready=True)
+            for name, result in pb.PredictResponse.FromString(answer).results.items():
+                if result.HasField("error"):
+                    raise AskError(f"{name}: {result.error.code}: {result.error.message}")
+            self._lengths.append(len(answer))
+
+    async def ask(self, variant: int) -> None:
+        answer = await self._call(self._requests[variant])
+        if len(answer) != self._lengths[variant]:
+            raise AskError(f"an answer of {len(answer)} bytes instead of {self._lengths[variant]}")
+
+    async def aclose(self) -> None:
+        await self._channel.close()
+
+
+class StreamClient:
+    """`RouterClient.infer`, all callers on one native stream."""
+
+    def __init__(self, address: str, workload: Workload) -> None:
+        self._client = RouterClient(address)
+        self._requests = [_blocks(agents) for agents in workload.requests()]
+
+    async def open(self) -> None:
+        if not await self._client.wait_connected(CONNECT_TIMEOUT_S):
+            raise AskError("no router")
+
+    async def ask(self, variant: int) -> None:
+        for answer in await self._client.infer(self._requests[variant]):
+            if answer.HasField("error"):
+                raise AskError(f"{answer.error.code}: {answer.error.message}")
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+class RestClient:
+    """`POST /predict` over HTTP/1.1, one kept-alive connection per caller (httpx would cost 1 ms per request)."""
+
+    def __init__(self, address: str, workload: Workload) -> None:
+        self._host, self._port = _host_and_port(address)
+        self._requests = [_http_request(address, agents) for agents in workload.requests()]
+        self._lengths: list[int] = []
+        self._idle: list[_Connection] = []
+        self._all: list[_Connection] = []
+
+    async def open(self) -> None:
+        for request in self._requests:
+            connection = await self._connect()
+            status, length = await connection.exchange(request)
+            if status != 200:
+                raise AskError(f"HTTP {status}")
+            self._lengths.append(length)
+            self._idle.append(connection)
+
+    async def ask(self, variant: int) -> None:
+        connection = self._idle.pop() if self._idle else await self._connect()
+        status, length = await connection.exchange(self._requests[variant])
+        self._idle.append(connection)  # one that failed is dropped
+        if status != 200 or length != self._lengths[variant]:
+            raise AskError(f"HTTP {status} with {length} bytes instead of {self._lengths[variant]}")
+
+    async def aclose(self) -> None:
+        for connection in self._all:
+            connection.close()
+
+    async def _connect(self) -> "_Connection":
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(_Connection, self._host, self._port)
+        self._all.append(connection)
+        return connection
+
+
+class _Connection(asyncio.Protocol):
+    """A connection with at most one request on its way; llhttp reads the answers."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._length = 0
+        self._answer: asyncio.Future[tuple[int, int]] | None = None
+
+    async def exchange(self, request: bytes) -> tuple[int, int]:
+        """The status and the body's length."""
+        assert self._transport is not None
+        if self._transport.is_closing():
+            raise AskError("the gateway closed a connection")
+        self._length = 0
+        self._answer = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        return await self._answer
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its base class
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(AskError(f"the gateway closed a connection: {exc}"))
+
+    def on_body(self, body: bytes) -> None:
+        self._length += len(body)
+
+    def on_message_complete(self) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result((self._parser.get_status_code(), self._length))
+
+
+WAYS: dict[str, type[UnaryClient] | type[StreamClient] | type[RestClient]] = {
+    "unary": UnaryClient,
+    "stream": StreamClient,
+    "rest": RestClient,
+}
+
+
+def _predict_request(agents: list[AgentRow]) -> bytes:
+    return pb.PredictRequest(
+        agents={
+            agent.name: pb.Agent(agent_type=AGENT_TYPE, model_name=agent.model_name, vector=agent.vector)
+            for agent in agents
+        }
+    ).SerializeToString()
+
+
+def _blocks(agents: list[AgentRow]) -> list[pb.Block]:
+    rows = defaultdict(list)
+    for agent in agents:
+        rows[agent.model_name].append(agent.vector)
+    return [
+        pb.Block(
+            agent_type=AGENT_TYPE,
+            model_name=model_name,
+            rows=len(vectors),
+            dim=len(vectors[0]),
+            vectors=np.array(vectors, "<f4").tobytes(),
+        )
+        for model_name, vectors in rows.items()
+    ]
+
+
+def _http_request(address: str, agents: list[AgentRow]) -> bytes:
+    body = orjson.dumps(
+        {
+            "agents": {
+                agent.name: {"vector": agent.vector, "model_name": agent.model_name, "agent_type": AGENT_TYPE}
+                for agent in agents
+            }
+        }
+    )
+    head = (
+        f"POST /predict HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    parts = urlsplit(f"//{address}")
+    assert parts.hostname is not None
+    assert parts.port is not None
+    return parts.hostname, parts.port

@@ -1,0 +1,54 @@
+"""The run: group after group, round after round, case after case. What is started here is ended here."""
+
+import asyncio
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from bench.figures import Figures
+from bench.measure import measure
+from bench.plan import Case, Group
+from bench.processes import Program
+from bench.progress import Progress
+from bench.results import GroupResult, collect
+from bench.systems import Launcher, System
+
+
+async def run(plan: Sequence[Group], environment: Mapping[str, str], progress: Progress) -> list[GroupResult]:
+    """Measure everything; a BenchError when something does not start or dies."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        async with AsyncExitStack() as stack:
+            launcher = Launcher(stack, Path(scratch), environment)
+            count = max(case.load_processes for group in plan for case in group.cases)
+            loads = [await launcher.start(f"load process {number}", "bench.load") for number in range(count)]
+            return [await _run_group(group, launcher, loads, progress) for group in plan]
+
+
+async def _run_group(group: Group, launcher: Launcher, loads: Sequence[Program], progress: Progress) -> GroupResult:
+    async with AsyncExitStack() as stack:
+        progress.show(f"{group.name}: starting {', '.join(group.systems)}", always=True)
+        systems = await _start(group, replace(launcher, stack=stack))
+        progress.advance(group.start_s)
+        rounds: dict[Case, list[Figures]] = {case: [] for case in group.cases}
+        shown = 0
+        for number, case in group.in_order():
+            progress.show(f"{group.name}, round {number} of {group.rounds}: {case}", always=number > shown)
+            shown = number
+            rounds[case].append(await measure(case, group, systems[case.system], loads))
+            progress.advance(group.case_s)
+    return collect(group, rounds)
+
+
+async def _start(group: Group, launcher: Launcher) -> dict[str, System]:
+    """All at once; when one fails, its own words are the bench's."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            starting = {
+                name: tasks.create_task(launcher.start_system(name, group.setting), name=f"start {name}")
+                for name in group.systems
+            }
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
+    return {name: task.result() for name, task in starting.items()}

@@ -1,0 +1,136 @@
+"""How each system is started, in processes that it shares with no other.
+
+    echo      bare grpc.aio server
+    unary     mock ◄─ router
+    stream    mock ◄─ router
+    rest      mock ◄─ router ◄─ gateway
+
+Free ports of the loopback only. The programs run in a directory that is gone afterwards and see none of the caller's
+settings: a `router.yaml` or a ROUTER_ variable at hand would otherwise be measured, too.
+"""
+
+import asyncio
+import json
+import os
+import urllib.request
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from bench.plan import Setting
+from bench.processes import Program, running
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN_SETTINGS = ("ROUTER_", "GATEWAY_", "MOCK_", "DATABASE_URL")
+ANY_PORT = "127.0.0.1:0"
+METRICS_TIMEOUT_S = 10.0
+
+WAYS = {"echo": "unary", "unary": "unary", "stream": "stream", "rest": "rest"}
+"""Each system and the way it is asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCount:
+    """Batches that a router has dispatched until now, and their rows."""
+
+    batches: float = 0.0
+    rows: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A running system: where and in which way it is asked; the echo server plays the router's part."""
+
+    way: str
+    address: str
+    router: Program
+    gateway: Program | None = None
+    mock: Program | None = None
+    metrics_url: str = ""
+
+    async def count_batches(self) -> BatchCount | None:
+        """From the router's metrics; None for the echo server."""
+        if not self.metrics_url:
+            return None
+        return _parse_batches(await asyncio.to_thread(_fetch, self.metrics_url))
+
+
+@dataclass
+class Launcher:
+    """Starts programs, which live until `stack` is closed."""
+
+    stack: AsyncExitStack
+    directory: Path
+    extra_environment: Mapping[str, str] = field(default_factory=dict)
+
+    async def start_system(self, name: str, setting: Setting) -> System:
+        """One of WAYS."""
+        if name == "echo":
+            echo = await self.start("echo", "bench.echo")
+            return System(WAYS[name], await _address(echo), echo)
+        mock = await self.start(
+            f"mock of {name}", "mock_nn", "--listen", ANY_PORT, "--latency", f"{setting.latency_s:g}", "--quiet"
+        )
+        router = await self._start_router(name, setting, await _address(mock))
+        metrics_url = (await router.wait_for(r"metrics on (\S+)"))[1]
+        address = await _address(router)
+        if name != "rest":
+            return System(WAYS[name], address, router, mock=mock, metrics_url=metrics_url)
+        gateway = await self.start("gateway", "rest_gateway", GATEWAY_LISTEN=ANY_PORT, GATEWAY_ROUTER=address)
+        return System(WAYS[name], await _address(gateway), router, gateway, mock, metrics_url)
+
+    async def start(self, name: str, *arguments: str, **environment: str) -> Program:
+        """Run `python -m` with `arguments`."""
+        inherited = {key: value for key, value in os.environ.items() if not _is_foreign(key)}
+        inherited["PYTHONPATH"] = str(ROOT)
+        return await self.stack.enter_async_context(
+            running(
+                name,
+                *arguments,
+                environment=inherited | dict(self.extra_environment) | environment,
+                directory=self.directory,
+            )
+        )
+
+    async def _start_router(self, name: str, setting: Setting, mock_address: str) -> Program:
+        config = {
+            "backends": {"mock": {"addresses": [mock_address], "max_in_flight": setting.max_in_flight}},
+            "models": [{"backend": "mock", "max_batch_size": 64, "max_queue_delay_s": setting.max_queue_delay_s}],
+        }
+        path = self.directory / f"{name}.yaml"
+        path.write_text(json.dumps(config))  # which is YAML
+        return await self.start(
+            f"router of {name}",
+            "router",
+            "--config",
+            str(path),
+            ROUTER_LISTEN=ANY_PORT,
+            ROUTER_METRICS=ANY_PORT,
+        )
+
+
+async def _address(program: Program) -> str:
+    return (await program.wait_for(r"listen\w* on (?:http://)?(127\.0\.0\.1:\d+)"))[1]
+
+
+def _is_foreign(variable: str) -> bool:
+    return variable.startswith(OWN_SETTINGS) or variable.lower().endswith("_proxy")
+
+
+def _fetch(url: str) -> str:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=METRICS_TIMEOUT_S) as response:
+        content: bytes = response.read()
+    return content.decode()
+
+
+def _parse_batches(text: str) -> BatchCount:
+    totals = {"router_batch_rows_count": 0.0, "router_batch_rows_sum": 0.0}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name in totals:
+                totals[sample.name] += sample.value
+    return BatchCount(totals["router_batch_rows_count"], totals["router_batch_rows_sum"])

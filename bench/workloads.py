@@ -1,0 +1,50 @@
+"""What the callers ask: agents with vectors of 32 floats. The same in every run, and the same for every system."""
+
+import random
+from dataclasses import dataclass
+
+DIM = 32
+AGENT_TYPE = "buyer"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentRow:
+    """One agent of a request, in the words of every API."""
+
+    name: str
+    model_name: str
+    vector: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests of `agents` agents, dealt out over `models` models; callers send the `variants` in turn."""
+
+    name: str
+    title: str
+    agents: int
+    models: int
+    variants: int = 1
+
+    def requests(self) -> list[list[AgentRow]]:
+        """Each variant's agents. Variants begin with another model each."""
+        rng = random.Random(self.name)
+        return [
+            [
+                AgentRow(f"agent-{number}", f"model-{(number + variant) % self.models}", _draw(rng))
+                for number in range(self.agents)
+            ]
+            for variant in range(self.variants)
+        ]
+
+
+def _draw(rng: random.Random) -> tuple[float, ...]:
+    """Seven digits, as a float32 prints: what JSON costs depends on it."""
+    return tuple(round(rng.uniform(-1, 1), 7) for _ in range(DIM))
+
+
+S1 = Workload("S1", "one vector per request", agents=1, models=1)
+S2 = Workload("S2", "16 agents over 4 models per request", agents=16, models=4)
+HELD = Workload("held", "one agent per call, over 4 keys", agents=1, models=4, variants=4)
+
+WORKLOADS = {workload.name: workload for workload in (S1, S2, HELD)}

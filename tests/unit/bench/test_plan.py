@@ -1,0 +1,41 @@
+"""Which cases the benchmark has, in which order."""
+
+from collections import Counter
+
+from bench.plan import ALL_GROUPS, QUICK, Extent, load_processes_of, make_plan
+
+
+def test_the_zero_time_group_has_every_system_with_every_workload_and_number_of_callers() -> None:
+    zero = make_plan(Extent())[0]
+    assert len({(case.system, case.workload, case.callers) for case in zero.cases}) == 4 * 2 * 4
+    assert len(zero.cases) == 32
+
+
+def test_each_round_has_every_case_once_in_an_order_of_its_own() -> None:
+    zero = make_plan(Extent(rounds=3))[0]
+    order = list(zero.in_order())
+    rounds = [[case for number, case in order if number == wanted] for wanted in (1, 2, 3)]
+    assert len(order) == 3 * len(zero.cases)
+    assert all(Counter(one) == Counter(zero.cases) for one in rounds)
+    assert rounds[0] != rounds[1] != rounds[2]
+    assert order == list(zero.in_order())
+
+
+def test_a_native_stream_has_one_load_process_and_no_other_system_has_more_than_callers() -> None:
+    extent = Extent(load_processes=4)
+    assert load_processes_of("stream", 64, extent) == 1
+    assert load_processes_of("unary", 64, extent) == 4
+    assert load_processes_of("unary", 1, extent) == 1
+
+
+def test_as_many_calls_begin_while_the_model_takes_its_time_as_are_to_be_held_open() -> None:
+    [held] = make_plan(Extent(groups=["held"], held_calls=10_000, held_latency_s=5.0))
+    assert held.cases[0].rate_per_s == 2_000
+    assert held.setting.max_in_flight == 0
+
+
+def test_groups_are_chosen_by_name_and_the_full_run_is_much_longer_than_the_quick_one() -> None:
+    assert [group.name for group in make_plan(Extent())] == list(ALL_GROUPS)
+    assert [group.name for group in make_plan(Extent(groups=["held", "slot"]))] == ["slot", "held"]
+    full_s, quick_s = (sum(group.estimate_s for group in make_plan(extent)) for extent in (Extent(), QUICK))
+    assert quick_s < 90 < full_s < 480
