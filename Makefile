@@ -2,16 +2,21 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 LOCK_ARGS ?=
+BENCH_ARGS ?=
+LOAD_ARGS ?=
 BIN := .venv/bin
 VENV := .venv/.synced
+LOAD_VENV := .venv-load/.synced
+GHZ_VERSION := v0.121.0
+GHZ := .tools/ghz-$(GHZ_VERSION)
 
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install run test check format protos lock clean
+.PHONY: help venv install run test bench load-rest load-grpc check format protos lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV) ## create or update .venv from requirements-dev.txt (PYTHON=python3.12 to choose)
 
@@ -30,7 +35,28 @@ run: $(VENV) ## start mock, router and gateway; Ctrl-C drains and stops them
 test: $(VENV) ## run all tests; PYTEST_ARGS="-k batch -x" for some
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: $(VENV) ## lint, format, types, imports, generated code, protos, requirements; writes nothing
+bench: $(VENV) ## measure speed, about six minutes; BENCH_ARGS="--quick" for one
+	@$(BIN)/python -m bench $(BENCH_ARGS)
+
+load-rest: $(VENV) $(LOAD_VENV) ## put load on REST with locust, 20 s; LOAD_ARGS="--users 200", LOAD_HOST to aim elsewhere
+	@$(BIN)/python -m tools.load rest $(LOAD_ARGS)
+
+load-grpc: $(VENV) $(GHZ) ## put load on gRPC with ghz (needs Go), twice 10 s; LOAD_ARGS="--duration=60s", LOAD_HOST
+	@$(BIN)/python -m tools.load --ghz $(GHZ) grpc $(LOAD_ARGS)
+
+$(LOAD_VENV): requirements-load.txt $(VENV)
+	@echo "making .venv-load from requirements-load.txt"
+	@$(BIN)/python -m venv --clear --without-pip .venv-load
+	@tools/uv.sh pip sync --quiet --require-hashes --python .venv-load/bin/python requirements-load.txt
+	@touch $@
+
+$(GHZ):
+	@command -v go >/dev/null || { echo "make load-grpc: Go is needed to install ghz, and there is no go" >&2; exit 1; }
+	@echo "installing ghz $(GHZ_VERSION) into .tools"
+	@GOBIN="$(CURDIR)/.tools" go install github.com/bojand/ghz/cmd/ghz@$(GHZ_VERSION)
+	@mv .tools/ghz $@
+
+check: $(VENV) ## lint, format, types, imports, generated code, protos, requirements, Dockerfile; writes nothing
 	$(BIN)/ruff check --no-cache --quiet
 	$(BIN)/ruff format --no-cache --check --quiet
 	$(BIN)/mypy
@@ -40,6 +66,7 @@ check: $(VENV) ## lint, format, types, imports, generated code, protos, requirem
 	$(BIN)/buf format --diff --exit-code
 	$(BIN)/buf breaking --against protos/baseline.binpb
 	$(BIN)/python tools/check_requirements.py
+	$(BIN)/hadolint Dockerfile
 
 format: $(VENV) ## let ruff and buf rewrite what they can
 	$(BIN)/ruff check --fix-only --quiet
@@ -49,12 +76,14 @@ format: $(VENV) ## let ruff and buf rewrite what they can
 protos: $(VENV) ## generate the Python code of protos/
 	$(BIN)/python tools/generate_protos.py
 
-lock: $(VENV) ## resolve both requirement files anew; LOCK_ARGS=--upgrade for newer versions
+lock: $(VENV) ## resolve the requirement files anew; LOCK_ARGS=--upgrade for newer versions
 	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
 		--group dev pyproject.toml -o requirements-dev.txt
 	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
 		-c requirements-dev.txt pyproject.toml -o requirements.txt
+	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
+		--group load -o requirements-load.txt
 
 clean: ## remove .venv and every cache
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf .venv .venv-load .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
