@@ -1,6 +1,8 @@
 """grpc.health.v1 and reflection, so that probes, grpcurl, buf curl and ghz work without our protos."""
 
 import grpc.aio
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import FileDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
@@ -9,6 +11,21 @@ from protos.inference_router.v1 import inference_router_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceRouterService"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+
+class PoolWithMethods:
+    """The default pool, and the file of a method: ghz asks for that, and Python's pools know files of messages only."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(descriptor_pool.Default(), name)
+
+    def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:  # noqa: N802 (the pool's name)
+        """Raises KeyError for what is neither a message, an enum, a service nor a method."""
+        pool = descriptor_pool.Default()
+        try:
+            return pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            return pool.FindMethodByName(symbol).containing_service.file
 
 
 class Health:
@@ -20,7 +37,8 @@ class Health:
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register health and reflection."""
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
-        reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
+        names = (SERVICE, HEALTH, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server, PoolWithMethods())  # type: ignore[arg-type]  # asked by name
 
     async def serve(self) -> None:
         """Say SERVING, for the server as a whole and for its service."""

@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 import yaml
+from grpc_health.v1 import health_pb2
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from protos.inference_router.v1 import inference_router_pb2_grpc as pb_grpc
@@ -147,3 +149,19 @@ def test_a_text_log_tells_the_request_id_at_the_end_of_its_line() -> None:
         with stub_of(listening(program)) as stub, pytest.raises(grpc.RpcError):
             stub.Predict(BAD, metadata=(("x-request-id", "my id"),))
         program.wait_for(r"router\.access: Predict INVALID_ARGUMENT, 1 rows in .*: vector is empty request_id=my id$")
+
+
+def test_a_client_that_pings_every_five_seconds_is_not_sent_away() -> None:
+    """gRPC ignores options that it does not know: with one misspelt, idle clients met "too many pings" after 30 s."""
+    options = [("grpc.keepalive_time_ms", 5_200), ("grpc.http2.max_pings_without_data", 0)]
+    with router() as program, grpc.insecure_channel(listening(program), options=options) as channel:
+        watch = channel.unary_stream(
+            "/grpc.health.v1.Health/Watch",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )(health_pb2.HealthCheckRequest())
+        next(watch)
+        is_over = threading.Event()
+        watch.add_callback(is_over.set)
+        assert not is_over.wait(timeout=20)  # three pings; the third is one too many where 300 s are asked for
+        watch.cancel()

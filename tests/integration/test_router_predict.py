@@ -362,9 +362,14 @@ async def test_reflection_describes_the_native_api() -> None:
             request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
             response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
         )
-        symbol = reflection_pb2.ServerReflectionRequest(file_containing_symbol="inference_router.v1.Agent")
-        (reply,) = [message async for message in ask(iter([symbol]))]
-        assert pb.DESCRIPTOR.serialized_pb in reply.file_descriptor_response.file_descriptor_proto
+        service = "inference_router.v1.InferenceRouterService"
+        for symbol in ("inference_router.v1.Agent", service, f"{service}.Predict"):  # ghz asks for the method
+            request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
+            (reply,) = [message async for message in ask(iter([request]))]
+            assert pb.DESCRIPTOR.serialized_pb in reply.file_descriptor_response.file_descriptor_proto
+        unknown = reflection_pb2.ServerReflectionRequest(file_containing_symbol=f"{service}.Predikt")
+        (reply,) = [message async for message in ask(iter([unknown]))]
+        assert reply.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
 
 
 async def test_a_bug_of_ours_reaches_the_caller_as_a_fixed_text(monkeypatch: pytest.MonkeyPatch) -> None:
