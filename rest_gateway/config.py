@@ -57,6 +57,7 @@ class Settings(BaseSettings):
     router: Annotated[str, AfterValidator(_check_target)] = Field(
         default="127.0.0.1:50051", description="gRPC target of the router"
     )
+    workers: Count = Field(default=1, description="processes that serve it; more than 1 under a supervisor")
     router_wait_s: Seconds = Field(default=2.0, description="seconds that a request waits for a router that is away")
     drain_delay_s: Seconds = Field(
         default=1.0, description="seconds between the signal and closing the listening socket"
@@ -110,13 +111,15 @@ class OneLineFormatter(logging.Formatter):
 
 
 def logging_config(settings: Settings) -> dict[str, Any]:
-    """For `logging.config.dictConfig`: everything on stderr; of uvicorn only what is wrong."""
+    """For `logging.config.dictConfig`: everything on stderr; of uvicorn only what is wrong. Workers tell their pid."""
+    pid = " [%(process)d]" if settings.workers > 1 else ""
     formatters = {
-        "text": {"()": OneLineFormatter, "format": "%(asctime)s %(levelname)s %(name)s: %(message)s"},
+        "text": {"()": OneLineFormatter, "format": f"%(asctime)s %(levelname)s{pid} %(name)s: %(message)s"},
         "json": {
             "()": "pythonjsonlogger.json.JsonFormatter",
-            "format": "%(asctime)s %(levelname)s %(name)s %(message)s",
-            "rename_fields": {"asctime": "time", "levelname": "level", "name": "logger"},
+            "format": f"%(asctime)s %(levelname)s{pid} %(name)s %(message)s",
+            "rename_fields": {"asctime": "time", "levelname": "level", "name": "logger"}
+            | ({"process": "pid"} if pid else {}),
         },
     }
     return {

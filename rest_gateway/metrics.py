@@ -1,12 +1,27 @@
-"""Every metric of the gateway, declared once. Label values are bounded: what a client may choose freely is no label."""
+"""Every metric of the gateway, declared once. Label values are bounded: what a client may choose freely is no label.
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+Several workers share theirs through files in PROMETHEUS_MULTIPROC_DIR, which their supervisor makes and removes, and
+where worker 2 says in `2.pid` which process it is. The files are named by the workers' numbers, not by process ids:
+who replaces worker 2 goes on counting in its files, so no count falls and the files do not become more.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 # From a refusal (under 1 ms) to the router's longest timeout (600 s); a model server takes seconds.
 DURATION_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 600)
+DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -31,7 +46,12 @@ class Metrics:
         self.agents = Counter(
             "gateway_agents", "Agents answered, by result code; OK: with an output.", ["code"], registry=self.registry
         )
-        self.in_flight = Gauge("gateway_requests_in_flight", "Requests being answered.", registry=self.registry)
+        self.in_flight = Gauge(
+            "gateway_requests_in_flight",
+            "Requests being answered.",
+            registry=self.registry,
+            multiprocess_mode="livesum",  # of those that live
+        )
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
 
@@ -49,3 +69,61 @@ class Metrics:
     def render(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self.registry)
+
+
+def join_workers(number: int) -> None:
+    """Makes this process worker `number` in what it shares; to be called before there is any metric."""
+    values.ValueClass = values.MultiProcessValue(lambda: number)  # type: ignore[no-untyped-call]
+    _pid_file(os.environ[DIRECTORY], number).write_text(str(os.getpid()))
+
+
+def forget_process(directory: str, number: int) -> None:
+    """Worker `number` has no process now: takes from the files what only the living have, and leaves the counts."""
+    _pid_file(directory, number).unlink(missing_ok=True)
+    mark_process_dead(number, directory)  # type: ignore[no-untyped-call]
+
+
+def _pid_file(directory: str, number: int) -> Path:
+    return Path(directory, f"{number}.pid")
+
+
+def metrics_of(workers: int) -> Metrics:
+    """The metrics of this process; those of one among several show, whoever is asked, the sum over all of them."""
+    return Metrics() if workers == 1 else SharedMetrics(os.environ[DIRECTORY])
+
+
+class SharedMetrics(Metrics):
+    """Counts for itself and tells of all. Without python_gc_…, which no other process can read."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__()
+        self._all_workers = CollectorRegistry()
+        MultiProcessCollector(self._all_workers, directory)  # type: ignore[no-untyped-call]
+        PlatformCollector(self._all_workers)
+        self._all_workers.register(WorkerProcesses(Path(directory)))
+
+    def render(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self._all_workers)
+
+
+class WorkerProcesses(Collector):
+    """process_cpu_seconds_total and the like of every worker, with its `pid` as a label."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def collect(self) -> Iterable[Metric]:
+        """One family for all workers."""
+        families: dict[str, Metric] = {}
+        for pid in self._pids():
+            for metric in ProcessCollector(pid=functools.partial(str, pid), registry=None).collect():
+                family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                for sample in metric.samples:
+                    family.add_sample(sample.name, {"pid": pid}, sample.value)
+        return families.values()
+
+    def _pids(self) -> Iterator[str]:
+        for path in sorted(self._directory.glob("*.pid")):
+            with contextlib.suppress(FileNotFoundError):  # it ended this moment
+                yield path.read_text()

@@ -18,6 +18,7 @@ from rest_gateway.config import (
 def test_the_defaults_are_those_of_the_design() -> None:
     assert Settings().model_dump() == {
         "listen": "127.0.0.1:8000",
+        "workers": 1,
         "router": "127.0.0.1:50051",
         "router_wait_s": 2.0,
         "drain_delay_s": 1.0,
@@ -54,6 +55,8 @@ def test_variables_set_them_and_empty_ones_do_not(monkeypatch: pytest.MonkeyPatc
         ("GATEWAY_LISTEN", ":8000"),
         ("GATEWAY_MAX_AGENTS", "many"),
         ("GATEWAY_MAX_AGENTS", "0"),
+        ("GATEWAY_WORKERS", "0"),
+        ("GATEWAY_WORKERS", "many"),
         ("GATEWAY_MAX_BODY_BYTES", "8MiB"),
         ("GATEWAY_DRAIN_DELAY_S", "-1"),
         ("GATEWAY_DRAIN_TIMEOUT_S", "inf"),
