@@ -110,6 +110,7 @@ class MockConfig:
     output_width: int = 0  # 0: answers of shape [rows], else [rows, output_width]
     instances: int = 0  # batches of one model at a time
     faults: tuple[Fault, ...] = ()
+    drain_delay_s: float = 5.0
     drain_timeout_s: float = 30.0
     log_format: str = "text"
     is_quiet: bool = False  # no line per batch
@@ -165,6 +166,7 @@ def parse_config(arguments: Sequence[str]) -> MockConfig:
         output_width=flags.output_width,
         instances=flags.instances,
         faults=tuple(flags.fault),
+        drain_delay_s=flags.drain_delay,
         drain_timeout_s=flags.drain_timeout,
         log_format=flags.log_format,
         is_quiet=flags.quiet,
@@ -316,7 +318,21 @@ def _parser() -> argparse.ArgumentParser:
         help=f"misbehave (repeatable; the first that strikes counts). KIND: {', '.join(FaultKind)}. OPTION: one of "
         "rate=R, every=N, first=N, value=V; code=STATUS; model=NAME",
     )
-    add("--drain-timeout", type=_flag(_seconds), default=default.drain_timeout_s, metavar="SECONDS")
+    add(
+        "--drain-delay",
+        type=_flag(_seconds),
+        default=default.drain_delay_s,
+        metavar="SECONDS",
+        help="after a signal go on at least this long, open streams or not: longer than the router's drain_delay_s and "
+        "the gateway's, where all are stopped together; 0 where the callers are stopped first (default 5)",
+    )
+    add(
+        "--drain-timeout",
+        type=_flag(_seconds),
+        default=default.drain_timeout_s,
+        metavar="SECONDS",
+        help="and at most this long (default 30)",
+    )
     add("--log-format", choices=("text", "json"), default=default.log_format)
     add("--quiet", action="store_true", help="no line per batch")
     return parser

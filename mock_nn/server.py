@@ -40,7 +40,7 @@ _OPTIONS = (
     # Otherwise a second process binds the same port and takes half the connections, silently.
     ("grpc.so_reuseport", 0),
     # The default, 300 s, answers keepalive with GOAWAY "too_many_pings".
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
@@ -108,15 +108,17 @@ class MockServer:
         return self.port
 
     async def drain(self) -> None:
-        """Say "not ready", go on answering until no call is open, at most `drain_timeout_s`, and stop.
+        """Say "not ready", go on for `drain_delay_s` and until no call is open, at most `drain_timeout_s`, and stop.
 
-        A client that keeps an idle stream open keeps the server: only it knows whether more batches come. Streams
-        that are still open after the time get UNAVAILABLE.
+        A client that keeps an idle stream open keeps the server: only it knows whether more batches come. A server
+        without a stream knows nothing: a router that is stopped at the same moment takes calls for a while, and may
+        just not have needed one. Hence the delay. Streams that are still open after the time get UNAVAILABLE.
         """
         self._servicer.is_draining = True
         await self._health.enter_graceful_shutdown()
         try:
             async with asyncio.timeout(self._config.drain_timeout_s):
+                await asyncio.sleep(self._config.drain_delay_s)
                 await self.wait_until_idle()
         except TimeoutError:
             log.warning("drain timeout", extra={"fields": {"open_calls": self.open_calls}})

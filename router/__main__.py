@@ -39,7 +39,7 @@ def configure_logging(settings: Settings) -> None:
 
 
 async def serve(settings: Settings) -> None:
-    """Run until the first SIGTERM or SIGINT, then drain; a second one leaves at once."""
+    """Run until the first SIGTERM or SIGINT, then drain and end the process; a second one ends it at once."""
     server = RouterServer(settings)
     leave = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -55,8 +55,12 @@ async def serve(settings: Settings) -> None:
         await server.start()
         await leave.wait()
         await server.drain()
-    finally:
+    except BaseException:
         await server.stop()
+        raise
+    await server.leave()
+    logging.shutdown()
+    os._exit(0)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 Drain, in order: not ready, and every stream is told; calls are still taken for `drain_delay_s`, so that callers find
 another router first; then calls are refused and what was accepted is answered, at most `drain_timeout_s`; then streams
-end and connections close.
+end. The connections close with the process, not before: see `leave`.
 """
 
 import asyncio
@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 # How long connections may linger once every call is answered.
 CLOSE_GRACE_S = 1.0
+# What the kernel has of the last answers may take so long to its clients. It drops them with a connection on which a
+# client has just sent something that nobody has read.
+LINGER_S = 0.25
 
 
 class StartError(Exception):
@@ -42,7 +45,7 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.limits.max_message_bytes),
         ("grpc.max_send_message_length", -1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
 
@@ -137,11 +140,30 @@ class RouterServer:
                 self._servicer.end_streams()
                 await self._servicer.wait_until_answered()
 
+    async def leave(self) -> None:
+        """Fail what is still open, flush it, and let go of everything but the gRPC server; the process must end now.
+
+        Its end closes the connections, and who has a call under way then gets UNAVAILABLE, which it tries again. gRPC's
+        own stop answers CANCELLED, which nobody tries again, to each call that has arrived and that it has not handed
+        to us yet: under load there always is one (16 callers that try again at once: 12 for each stop, measured).
+        """
+        await self.plane.aclose()
+        self._servicer.end_streams()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_GRACE_S):
+                await self._servicer.wait_until_answered()
+        await self._let_go()
+        await asyncio.sleep(LINGER_S)
+        logger.info("router stopped")
+
     async def stop(self) -> None:
         """Fail what is still open, flush it, and let go of everything."""
         await self.plane.aclose()
         self._servicer.end_streams()
         await self._server.stop(CLOSE_GRACE_S)
+        await self._let_go()
+        logger.info("router stopped")
+
+    async def _let_go(self) -> None:
         await asyncio.gather(*(pool.aclose() for pool in self._pools.values()))
         self._close_metrics()
-        logger.info("router stopped")

@@ -113,6 +113,7 @@ def child_environment(environment: Mapping[str, str], addresses: Addresses) -> d
     child = dict(environment)
     child["PATH"] = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
     child["PYTHONUNBUFFERED"] = "1"
+    child.setdefault("MOCK_DRAIN_DELAY", "0")  # nobody needs it any more when it is stopped
     if environment.get(MOCK.variable):
         child.setdefault("ROUTER_BACKENDS__MOCK__ADDRESSES", json.dumps([addresses.mock.reachable]))
     if environment.get(ROUTER.variable):

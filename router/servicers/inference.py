@@ -5,11 +5,11 @@ through a `Reply`.
 """
 
 import asyncio
-import contextlib
+import itertools
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -52,12 +52,12 @@ class InferenceServicer:
 
     def __init__(self, around: Surroundings) -> None:
         self._around = around
-        # State: the streams that are open; RPCs of either kind; whether streams have been told that the router leaves,
-        # or to end.
+        # State: the streams that are open; RPCs of either kind, by number, and what wakes those who wait for their end;
+        # whether streams have been told that the router leaves, or to end.
         self._sessions: set[StreamSession] = set()
-        self._handlers = 0
-        self._has_no_handler = asyncio.Event()
-        self._has_no_handler.set()
+        self._rpcs: set[int] = set()
+        self._rpc_numbers = itertools.count()
+        self._has_ended = asyncio.Event()
         self._is_draining = False
         self._is_ending = False
 
@@ -90,29 +90,32 @@ class InferenceServicer:
             session.end()
 
     async def wait_until_answered(self) -> None:
-        """Return when every RPC has ended: its answers are handed to gRPC, not only computed."""
-        await self._has_no_handler.wait()
+        """Return when every RPC that is open now has ended: its answers are handed to the kernel, not only computed."""
+        rpcs = self._rpcs.copy()
+        while not rpcs.isdisjoint(self._rpcs):
+            self._has_ended.clear()
+            await self._has_ended.wait()
 
-    @contextlib.contextmanager
-    def _handling(self) -> Iterator[None]:
-        self._handlers += 1
-        self._has_no_handler.clear()
-        try:
-            yield
-        finally:
-            self._handlers -= 1
-            if not self._handlers:
-                self._has_no_handler.set()
+    def _watch(self, context: "UnaryContext | StreamContext") -> None:
+        """Know of the RPC until it has ended, which is after its handler: gRPC has yet to send what that returned."""
+        number = next(self._rpc_numbers)
+
+        def ended(_: object) -> None:
+            self._rpcs.discard(number)
+            self._has_ended.set()
+
+        self._rpcs.add(number)
+        context.add_done_callback(ended)  # type: ignore[arg-type]  # the stubs want a class that exists in none
 
     async def PredictStream(self, _: object, context: StreamContext) -> None:  # noqa: N802
         """One client's stream; see StreamSession."""
+        self._watch(context)
         session = StreamSession(self._around, context, is_draining=self._is_draining)
         self._sessions.add(session)
         if self._is_ending:
             session.end()
         try:
-            with self._handling():
-                await session.run()
+            await session.run()
         finally:
             self._sessions.discard(session)
 
@@ -122,10 +125,7 @@ class InferenceServicer:
         """Answer when every agent is answered; abort when the request is bad or all agents failed with one code."""
         if isinstance(request, Unreadable):
             return await _abort(context, to_proto(InvalidArgument("the request cannot be read as a PredictRequest")))
-        with self._handling():
-            return await self._predict(request, context)
-
-    async def _predict(self, request: pb.PredictRequest, context: UnaryContext) -> pb.PredictResponse:
+        self._watch(context)
         reply = _UnaryReply(request, _request_id(context))
         try:
             await self._infer(request, context.time_remaining(), reply)

@@ -47,7 +47,7 @@ class Process:
 
 @contextlib.contextmanager
 def process_with(*flags: str) -> Iterator[Process]:
-    command = [sys.executable, "-m", "mock_nn", "--listen", "127.0.0.1:0", *flags]
+    command = [sys.executable, "-m", "mock_nn", "--listen", "127.0.0.1:0", "--drain-delay", "0", *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as popen:
         try:
             process = Process(popen)

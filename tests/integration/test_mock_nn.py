@@ -27,7 +27,9 @@ ROWS = np.array([[1, 2, 3], [4, 5, 6]], dtype=np.float32)
 
 
 def mock_with(flags: str = "") -> MockServer:
-    return MockServer(parse_config(["--listen", "127.0.0.1:0", "--latency", "0", *flags.split()]))
+    return MockServer(
+        parse_config([*["--listen", "127.0.0.1:0", "--latency", "0", "--drain-delay", "0"], *flags.split()])
+    )
 
 
 @contextlib.asynccontextmanager
@@ -378,9 +380,22 @@ async def test_a_port_in_use_is_refused_with_the_reason() -> None:
             await second.start()
 
 
-async def test_an_idle_server_drains_at_once() -> None:
+async def test_an_idle_server_without_a_drain_delay_drains_at_once() -> None:
     async with mock_with() as mock:
         await mock.drain()
+
+
+async def test_an_idle_server_serves_new_streams_until_its_drain_delay_is_over() -> None:
+    """It used to leave at once, and a router that was stopped with it took calls for which there was no backend."""
+    async with mock_with("--drain-delay 60 --drain-timeout 90") as mock, client_of(mock) as stub:
+        drain = asyncio.create_task(mock.drain())
+        while (await stub.ServerReady(pb.ServerReadyRequest())).ready:
+            pass
+        async with stream_to(mock) as stream:
+            assert (await ask(stream, batch_request("b1"))).infer_response.id == "b1"
+        await mock.wait_until_idle()
+        assert not drain.done()
+        drain.cancel()
 
 
 async def test_a_draining_server_is_not_ready_and_answers_until_the_client_closes() -> None:
@@ -408,7 +423,7 @@ async def test_a_draining_server_finishes_a_unary_call() -> None:
     async def hold(_seconds: float) -> None:
         await may_answer.wait()
 
-    config = parse_config(["--listen", "127.0.0.1:0"])
+    config = parse_config(["--listen", "127.0.0.1:0", "--drain-delay", "0"])
     async with MockServer(config, sleep=hold) as mock, client_of(mock) as stub:
         call = asyncio.ensure_future(stub.ModelInfer(batch_request()))
         await mock.wait_for_arrivals(1)

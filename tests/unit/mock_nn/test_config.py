@@ -22,7 +22,8 @@ def test_no_flags_are_the_defaults() -> None:
 def test_every_flag_has_its_setting() -> None:
     flags = (
         "--listen [::1]:0 --latency 0.05 --latency a=1-2 --latency b=c=0 --seed 7 --models a,b=c --max-batch-size 8 "
-        "--output-width 3 --instances 2 --fault stall:first=1 --fault nan --drain-timeout 1.5 --log-format json --quiet"
+        "--output-width 3 --instances 2 --fault stall:first=1 --fault nan --drain-delay 0.5 --drain-timeout 1.5 "
+        "--log-format json --quiet"
     )
     assert parse_config(flags.split()) == MockConfig(
         listen="[::1]:0",
@@ -34,6 +35,7 @@ def test_every_flag_has_its_setting() -> None:
         output_width=3,
         instances=2,
         faults=(Fault(FaultKind.STALL, Trigger.FIRST, 1), Fault(FaultKind.NAN)),
+        drain_delay_s=0.5,
         drain_timeout_s=1.5,
         log_format="json",
         is_quiet=True,
