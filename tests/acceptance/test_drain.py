@@ -422,7 +422,7 @@ def losses(ledger: Ledger, at_gateway: dict[str, list[Record]], at_router: dict[
             yield f"{name}: {attempt.reason or 'answered'}, and the router says {router}"
 
 
-@pytest.mark.timeout(300)  # about 50 s where nothing else runs
+@pytest.mark.timeout(300)  # about a minute, and two where others use the machine
 async def test_20_restarts_under_load_lose_no_accepted_request() -> None:
     with stack_of_programs() as stack:
         await stack.start(STACK)

@@ -53,3 +53,14 @@ def test_after_the_door_is_shut_those_inside_are_served_and_nobody_comes_in(list
 
 def test_the_url_has_the_port_that_the_kernel_chose(listener: socket.socket) -> None:
     assert url_of(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_where_only_root_may_refuse_new_connections_the_drain_goes_on() -> None:
+    """A kernel that forbids users the filter once ended the drain, silently, and the gateway never left."""
+
+    class Forbidding(socket.socket):
+        def setsockopt(self, *_: object) -> None:
+            raise PermissionError("Operation not permitted")
+
+    with Forbidding() as listener:
+        refuse_new(listener)
