@@ -6,7 +6,6 @@ always one of them, so a server that just closes loses some (32 callers: 17 per 
 `refuse_new`, then accept until nothing `has_waiting`, then close.
 """
 
-import contextlib
 import ctypes
 import select
 import socket
@@ -40,18 +39,23 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def refuse_new(listener: socket.socket) -> None:
+def refuse_new(listener: socket.socket) -> bool:
     """Lets no further handshake begin, in no process that shares the socket; those that have begun end well.
+
+    False where that cannot be had.
 
     A refused client's kernel tries again after a second, finds the port closed and says so. Only Linux has this, and
     newer kernels allow it to root only; elsewhere connections go on to come in until the socket is closed.
     """
     if sys.platform != "linux":
-        return
+        return False
     code = ctypes.create_string_buffer(_DROP_SYN, len(_DROP_SYN))
     program = struct.pack("HP", len(_DROP_SYN) // 8, ctypes.addressof(code))
-    with contextlib.suppress(PermissionError):
+    try:
         listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+    except PermissionError:
+        return False
+    return True
 
 
 def has_waiting(listener: socket.socket) -> bool:

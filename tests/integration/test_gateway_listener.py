@@ -41,14 +41,15 @@ def test_a_connection_waits_until_it_is_accepted(listener: socket.socket) -> Non
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can")
 def test_after_the_door_is_shut_those_inside_are_served_and_nobody_comes_in(listener: socket.socket) -> None:
     with connecting(listener) as early:
-        refuse_new(listener)
+        # Newer kernels let root only; others' late clients come in until the socket is closed.
+        expected = SYN_SENT if refuse_new(listener) else ESTABLISHED
         with connecting(listener) as late:
-            assert (state(early), state(late)) == (ESTABLISHED, SYN_SENT)
+            assert (state(early), state(late)) == (ESTABLISHED, expected)
             accepted, _ = listener.accept()
-            assert not has_waiting(listener)
+            assert has_waiting(listener) is (expected == ESTABLISHED)
     with accepted, connecting(listener) as later:
         refuse_new(listener)  # twice is no fault
-        assert state(later) == SYN_SENT
+        assert state(later) == expected
 
 
 def test_the_url_has_the_port_that_the_kernel_chose(listener: socket.socket) -> None:
@@ -63,4 +64,4 @@ def test_where_only_root_may_refuse_new_connections_the_drain_goes_on() -> None:
             raise PermissionError("Operation not permitted")
 
     with Forbidding() as listener:
-        refuse_new(listener)
+        assert not refuse_new(listener)
