@@ -420,13 +420,15 @@ async def test_a_stop_under_load_loses_no_accepted_request(count: int) -> None:
     async with fakes.FakeRouter(answer_all_but_held) as router:
         async with workers_with(count, ROUTER=router.target, DRAIN_DELAY_S="0.2") as gateway:
             listening = await gateway.lines(r"listening on http://([\d.]+):(\d+)", count)
+            for _ in range(count):
+                await router.next_stream()
             ledger.start((listening[0][1], int(listening[0][2])), 48)
             await ledger.answered(400)
             gateway.process.send_signal(signal.SIGTERM)
             await ledger.answered(100)  # while it drains
             assert await gateway.exit_status() == 0
         counts = await ledger.close()
-    assert counts.keys() == {"200", "refused"}
+    assert counts.keys() == {"200", "refused"}, gateway.log
     assert counts["refused"] == 48
 
 
