@@ -53,8 +53,6 @@ LINGER_S = 2
 HANDSHAKE_S = 0.1
 # The listener is closed after this even if the backlog never gets empty, as it may where new ones cannot be refused.
 EMPTYING_S = 1
-# From accepting a connection to its protocol's knowing of it, after which uvicorn waits for it: 1 with uvloop, 2 without.
-ACCEPTING_TURNS = 3
 # What was accepted just before the listener closed has so long to send its first request.
 FIRST_REQUEST_S = 0.5
 # nginx allows 4 x 8 KiB, Apache 100 x 8 KiB.
@@ -243,9 +241,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accepts what waits to be accepted, each turn of the loop some, before it closes the listeners."""
         give_up_s = self._loop.time() + EMPTYING_S
-        quiet_turns = 0
-        while quiet_turns < ACCEPTING_TURNS and self._loop.time() < give_up_s:
-            quiet_turns = 0 if any(map(has_waiting, self._listeners)) else quiet_turns + 1
+        while any(map(has_waiting, self._listeners)) and self._loop.time() < give_up_s:  # noqa: ASYNC110
             await asyncio.sleep(0)
         await super().shutdown(sockets)
 
