@@ -196,7 +196,7 @@ class Batcher:
         except BackendError as error:
             self._failed(batch, error)
         except asyncio.CancelledError:
-            _fail(batch.parts, Unavailable("the router is shutting down"))
+            _fail(batch.parts, Unavailable("the router shut down before the call was answered"))
             raise
         except Exception:
             logger.exception("batch %s failed inside the router; this is a bug", batch.id)

@@ -41,8 +41,8 @@ RESTARTS_OF_EACH_KIND = 5
 CALLERS_OF_EACH_WAY = 8
 MAX_AGENTS = 5
 PATIENCE_S = 60.0
-# A refusal is decided when the call arrives; what was accepted takes a batch at least.
-REFUSED_WITHIN_S = 0.03
+# What the router says of a call that it has not accepted. One that was accepted and not answered has another text.
+REFUSAL = "the router is shutting down and takes no more calls"
 KEYS = [("churn", "buyer", 3), ("churn", "seller", 3), ("fraud", "buyer", 8), ("fraud", "", 4)]
 STACK = ("busy mock", "mock", "router", "gateway")
 KINDS: list[tuple[str, ...]] = [("router",), ("busy mock",), ("gateway",), STACK]
@@ -388,8 +388,8 @@ async def load_on(stack: Stack) -> AsyncIterator[Load]:
                 one.close()
 
 
-_ROUTER_LINE = re.compile(r"router\.access: Predict\w* (\w+), .* in ([\d.]+) s.* request_id=(\S+)$")
-_GATEWAY_LINE = re.compile(r"POST /predict (\d+) in ([\d.]+) s .* request_id=(\S+)$")
+_ROUTER_LINE = re.compile(r"router\.access: Predict\w* (\w+), \d+ rows in [\d.]+ s(?:: (.*))? request_id=(\S+)$")
+_GATEWAY_LINE = re.compile(r"POST /predict (\d+) in [\d.]+ s (.*) request_id=(\S+)$")
 _BATCH_LINE = re.compile(r" batch .* rows=(\d+) ")
 
 
@@ -397,7 +397,7 @@ class Record(NamedTuple):
     """What a program says that it has done with an attempt."""
 
     outcome: str
-    seconds: float
+    detail: str | None
 
 
 def records(lines: Iterator[str], pattern: re.Pattern[str]) -> dict[str, list[Record]]:
@@ -405,7 +405,7 @@ def records(lines: Iterator[str], pattern: re.Pattern[str]) -> dict[str, list[Re
     found: dict[str, list[Record]] = {}
     for line in lines:
         if match := pattern.search(line):
-            found.setdefault(match[3], []).append(Record(match[1], float(match[2])))
+            found.setdefault(match[3], []).append(Record(match[1], match[2]))
     return found
 
 
@@ -413,7 +413,7 @@ def losses(ledger: Ledger, at_gateway: dict[str, list[Record]], at_router: dict[
     """Attempts that were accepted by somebody's account and not answered by another's, and those answered twice."""
     for name, attempt in ledger.attempts.items():
         gateway, router = at_gateway.get(name, []), at_router.get(name, [])
-        done = [record for record in router if record.outcome != "UNAVAILABLE" or record.seconds > REFUSED_WITHIN_S]
+        done = [record for record in router if record != Record("UNAVAILABLE", REFUSAL)]
         if attempt.way == "rest":
             outcomes = [record.outcome for record in gateway]
             if outcomes != {"": ["200"], "503": ["503"]}.get(attempt.reason, []):
