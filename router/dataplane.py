@@ -151,7 +151,8 @@ class DataPlane:
             Unavailable: the router is leaving and takes no more calls.
         """
         if self._is_refusing:
-            raise Unavailable("the router is shutting down and takes no more calls", retry_after_s=LEAVING_RETRY_AFTER_S)
+            message = "the router is shutting down and takes no more calls"
+            raise Unavailable(message, retry_after_s=LEAVING_RETRY_AFTER_S)
         call = Call(reply, rows, timeout_s, self._closed)
         self._open.add(call)
         self._all_closed.clear()
@@ -181,8 +182,9 @@ class DataPlane:
         """Fail what is still open, end what is in flight."""
         self._sweep_timer.cancel()
         self.refuse_new()
+        message = "the router shut down before the call was answered"
         for call in list(self._open):
-            call.abort(Unavailable("the router shut down before the call was answered", retry_after_s=LEAVING_RETRY_AFTER_S))
+            call.abort(Unavailable(message, retry_after_s=LEAVING_RETRY_AFTER_S))
         await asyncio.gather(*(batcher.aclose() for batcher in self._batchers.values()))
 
     def _closed(self, call: Call) -> None:

@@ -20,7 +20,7 @@ from router.dispatch.pool import ReplicaPool
 from router.dispatch.replica import connect
 from router.metrics import Metrics
 from router.servicers.access import Access
-from router.servicers.convert import Routes
+from router.servicers.convert import Routes, VectorOutputs
 from router.servicers.health import Health
 from router.servicers.inference import InferenceServicer
 from router.servicers.stream import Surroundings
@@ -83,7 +83,8 @@ class RouterServer:
             self.metrics.ready_replicas.labels(name).set_function(pool.count_ready)
         self.plane = DataPlane(settings, self._pools, self.metrics)
         access = Access(self.metrics, settings.log_requests)
-        self._servicer = InferenceServicer(Surroundings(settings, self.plane, Routes(settings), access))
+        around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs())
+        self._servicer = InferenceServicer(around)
         self._health = Health()
         self._server = grpc.aio.server(options=server_options(settings))
         self._close_metrics: Callable[[], None] = lambda: None

@@ -1,7 +1,7 @@
 """The waiting rows of one key: first in, first out, with deadlines and bounds.
 
-Theory of operation. Blocks wait in the order of arrival, each as the list of its parts that are still here (one, the
-whole block, until a batch boundary cuts it or a lost batch brings rows back). Requeued rows return to the head, since
+Theory of operation. Blocks wait in the order of arrival, each whole, or as the list of its parts that are still here
+once a batch boundary has cut it or a lost batch has brought rows back. Requeued rows return to the head, since
 they are older than everything behind them. Deadlines stand in a heap beside the line; entries of blocks that have left
 stay in it until they surface or outnumber the living. Whoever is taken, discarded or expired is gone from the counts
 at once.
@@ -31,10 +31,6 @@ class Budget:
         self.used_bytes = 0
         self.rows = 0
 
-    def has_room(self, nbytes: int) -> bool:
-        """Whether `nbytes` more fit."""
-        return self.used_bytes + nbytes <= self.max_bytes
-
 
 class KeyQueue:
     """The queue of one key.
@@ -47,8 +43,9 @@ class KeyQueue:
         self._max_batch_rows = max_batch_rows
         self._max_rows = max_rows
         self._budget = budget
-        # Blocks by arrival, each with its waiting parts by row; never an empty list.
-        self._waiting: OrderedDict[Block, list[Part]] = OrderedDict()
+        # Blocks by arrival, each with its waiting parts by row, never an empty list; None: all of it, never tried. A
+        # block nearly always comes and goes so, and then its part is made once, when it goes.
+        self._waiting: OrderedDict[Block, list[Part] | None] = OrderedDict()
         # (deadline, tie-breaker, block), possibly of blocks that have left: weak, or their bytes would stay with them.
         self._deadlines: list[tuple[float, int, weakref.ref[Block]]] = []
         self._ties = itertools.count()
@@ -79,28 +76,32 @@ class KeyQueue:
             InvalidArgument: it could not wait here even if the queue were empty.
             ResourceExhausted: a bound is reached; nothing was taken.
         """
-        part = block.whole()
-        self._check_bounds(part)
-        self._waiting[block] = [part]
-        self._count(part.rows, part.nbytes)
+        budget, rows, nbytes = self._budget, block.rows, block.rows * block.row_bytes
+        if self.rows + rows > self._max_rows or budget.used_bytes + nbytes > budget.max_bytes:
+            raise self._refusal(rows, nbytes)
+        self._waiting[block] = None
+        self.rows += rows
+        budget.rows += rows
+        budget.used_bytes += nbytes
         self._watch(block)
 
-    def _check_bounds(self, part: Part) -> None:
-        if part.rows > self._max_rows:
-            raise InvalidArgument(f"{part.rows} rows at once; at most {self._max_rows} may wait for one model")
-        if self.rows + part.rows > self._max_rows:
-            raise ResourceExhausted(f"{self.rows} rows wait already, {self._max_rows} may", reason="queue_rows")
-        if part.nbytes > self._budget.max_bytes:
-            raise InvalidArgument(f"{part.nbytes} bytes at once; at most {self._budget.max_bytes} may wait in all")
-        if not self._budget.has_room(part.nbytes):
-            message = f"{self._budget.used_bytes} bytes wait already, {self._budget.max_bytes} may"
-            raise ResourceExhausted(message, reason="queue_bytes")
+    def _refusal(self, rows: int, nbytes: int) -> InvalidArgument | ResourceExhausted:
+        """Why so much cannot be taken."""
+        budget = self._budget
+        if rows > self._max_rows:
+            return InvalidArgument(f"{rows} rows at once; at most {self._max_rows} may wait for one model")
+        if self.rows + rows > self._max_rows:
+            return ResourceExhausted(f"{self.rows} rows wait already, {self._max_rows} may", reason="queue_rows")
+        if nbytes > budget.max_bytes:
+            return InvalidArgument(f"{nbytes} bytes at once; at most {budget.max_bytes} may wait in all")
+        message = f"{budget.used_bytes} bytes wait already, {budget.max_bytes} may"
+        return ResourceExhausted(message, reason="queue_bytes")
 
     def requeue(self, parts: Iterable[Part]) -> None:
         """Put parts back at the head, in their order, before everything that waits; no bound applies."""
         for part in reversed(list(parts)):
             rest = self._waiting.get(part.block)
-            if rest is None:
+            if rest is None:  # nothing of it waits: what was sent is not here as a whole any more
                 self._waiting[part.block] = rest = []
                 self._watch(part.block)
             rest.append(part)
@@ -110,32 +111,44 @@ class KeyQueue:
 
     def discard(self, block: Block) -> int:
         """Forget what waits of a block; the number of its rows that did."""
-        parts = self._waiting.pop(block, ())
-        rows = sum(part.rows for part in parts)
+        if block not in self._waiting:
+            return 0
+        parts = self._waiting.pop(block)
+        rows = block.rows if parts is None else sum(part.rows for part in parts)
         self._count(-rows, -rows * block.row_bytes)
         self._drop_stale()
         return rows
 
     def pop_batch(self) -> tuple[Part, ...]:
         """Take the rows of the next batch from the head, cutting the last block where the batch is full."""
+        waiting = self._waiting
         taken: list[Part] = []
         room = self._max_batch_rows
-        while room and self._waiting:
-            part = self._pop_part(room)
+        nbytes = 0
+        while room and waiting:
+            block, parts = next(iter(waiting.items()))
+            if parts is None and block.rows <= room:
+                del waiting[block]
+                part = Part(block, 0, block.rows, 0)
+            else:
+                part = self._pop_part(block, parts or [block.whole()], room)
             room -= part.rows
+            nbytes += part.rows * block.row_bytes
             taken.append(part)
+        self._count(room - self._max_batch_rows, -nbytes)
         self._drop_stale()
         return tuple(taken)
 
-    def _pop_part(self, room: int) -> Part:
-        block, parts = next(iter(self._waiting.items()))
+    def _pop_part(self, block: Block, parts: list[Part], room: int) -> Part:
+        """Take the first part of the block at the head, cut where the room ends."""
         part = parts.pop(0)
         if part.rows > room:
             part, rest = part.cut(room)
             parts.insert(0, rest)
-        if not parts:
+        if parts:
+            self._waiting[block] = parts
+        else:
             del self._waiting[block]
-        self._count(-part.rows, -part.nbytes)
         return part
 
     def pop_expired(self, now: float) -> list[Block]:
@@ -159,7 +172,9 @@ class KeyQueue:
 
     def _drop_stale(self) -> None:
         """Keep the heap in proportion to what waits."""
-        if len(self._deadlines) > 2 * len(self._waiting) + STALE_ENTRIES:
+        if not self._waiting:
+            self._deadlines.clear()
+        elif len(self._deadlines) > 2 * len(self._waiting) + STALE_ENTRIES:
             self._deadlines = [entry for entry in self._deadlines if entry[2]() in self._waiting]
             heapq.heapify(self._deadlines)
 

@@ -24,6 +24,13 @@ class Access:
         # Looked up once for each pair of method and code: by name it costs 1.6 µs.
         self._counter = functools.cache(metrics.requests.labels)
         self._log_requests = log_requests
+        # Whether calls without errors get a line.
+        self.logs_answered = log_requests == "all"
+
+    def record_answered(self, method: str, calls: int) -> None:
+        """So many calls have ended without errors, where such calls get no line; a counter costs 0.5 µs a time."""
+        if calls:
+            self._counter(method, OK).inc(calls)
 
     def record_dropped(self, method: str, calls: int) -> None:
         """So many open calls have ended because their client is gone; one line for all."""

@@ -4,8 +4,10 @@ Pure: it takes `now`. A fault of one row is that row's error; a fault of a block
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -127,17 +129,54 @@ class Run:
     error: RouterError | None
 
 
-def check_call(call: pb.Call, limits: LimitSettings) -> int:
+class RawBlock(NamedTuple):
+    """A block of the wire, each field read once: reading them costs more than most of what is done with them."""
+
+    agent_type: str
+    model_name: str
+    rows: int
+    dim: int
+    vectors: bytes
+
+
+class RawCall(NamedTuple):
+    """A call of the wire with its blocks, of which there may be one too many."""
+
+    message: pb.Call
+    blocks: list[RawBlock]
+
+
+def read_calls(calls: Iterable[pb.Call], size: int, max_blocks: int) -> Iterator[list[RawCall]]:
+    """Calls in lists of about `size` calls and blocks. Of each call at most one block more than may be is read."""
+    some: list[RawCall] = []
+    weight = 0
+    for call in calls:
+        blocks = [
+            RawBlock(block.agent_type, block.model_name, block.rows, block.dim, block.vectors)
+            for block in islice(call.blocks, max_blocks + 1)
+        ]
+        some.append(RawCall(call, blocks))
+        weight += 1 + len(blocks)
+        if weight >= size:
+            yield some
+            some, weight = [], 0
+    if some:
+        yield some
+
+
+def check_call(call: RawCall, limits: LimitSettings) -> int:
     """The call's rows in all. Raises InvalidArgument for a fault of the whole call."""
-    check_class(call.priority_class)
-    check_name("tenant", call.tenant, limits.max_name_length)
-    check_name("request_id", call.request_id, limits.max_name_length)
+    message, longest = call.message, limits.max_name_length
+    check_class(message.priority_class)
+    check_name("tenant", message.tenant, longest)
+    check_name("request_id", message.request_id, longest)
+    if len(call.blocks) > limits.max_agents:
+        count = len(message.blocks)
+        raise InvalidArgument(f"the call has {count} blocks, at most {limits.max_agents} are allowed")
     rows = 0
     for index, block in enumerate(call.blocks):
         if not block.rows:
             raise InvalidArgument(f"block {index} has no rows")
-        if index >= limits.max_agents:
-            raise InvalidArgument(f"the call has {len(call.blocks)} blocks, at most {limits.max_agents} are allowed")
         rows += block.rows
     if not rows:
         raise InvalidArgument("the call has no blocks")
@@ -148,6 +187,15 @@ def check_size(vectors: bytes, rows: int, dim: int) -> None:
     """Raise InvalidArgument unless `vectors` holds rows x dim float32."""
     if len(vectors) != rows * dim * FLOAT32.itemsize:
         raise InvalidArgument(f"vectors has {len(vectors)} bytes, which is not {rows} rows of {dim} float32")
+
+
+def are_finite(vectors: Sequence[bytes]) -> bool:
+    """Whether all of these vectors hold whole finite float32; one look at all takes a tenth of a look at each.
+
+    False: at least one does not, or cannot be told here.
+    """
+    are_whole = {len(one) % FLOAT32.itemsize for one in vectors} <= {0}
+    return are_whole and _is_finite(np.frombuffer(b"".join(vectors), FLOAT32))
 
 
 def finite_runs(vectors: bytes, rows: int, dim: int) -> list[Run]:
@@ -179,6 +227,14 @@ def _is_finite(flat: FloatArray) -> bool:
 def _not_finite(row: FloatArray) -> InvalidArgument:
     where = int(np.flatnonzero(~np.isfinite(row))[0])
     return InvalidArgument(f"vector[{where}] is {row[where]:g}; every value must be finite as a float32")
+
+
+def to_block(route: Route, index: int, block: RawBlock, terms: Terms, recipient: Recipient) -> Block:
+    """A core block for rows that are all good."""
+    key = route.key
+    return Block(
+        key, index, 0, block.rows, (block.vectors,), key.row_bytes, terms.arrived_at, terms.deadline, recipient
+    )
 
 
 def to_blocks(
@@ -231,19 +287,38 @@ def to_bytes(vector: Sequence[float]) -> bytes:
 # -- rows out --------------------------------------------------------------------------------------------------------
 
 
-def vector_rows(answer: BatchAnswer, output: str | None, first: int, rows: int) -> bytes:
-    """Rows first .. first + rows - 1 of a batch's answer as float32 little-endian, row-major.
+class VectorOutputs:
+    """Answers' rows as float32. A batch is handed out part by part; what was made of it is kept for the next part."""
 
-    Raises:
-        ModelFailed: the output is missing or cannot be told in floats.
-    """
-    tensor = _choose(answer.outputs, output)
+    def __init__(self) -> None:
+        # State: the answer and the wanted output that were asked for last, its data as float32 and bytes per row.
+        self._answer: BatchAnswer | None = None
+        self._output: str | None = None
+        self._data = b""
+        self._row_bytes = 0
+
+    def rows(self, answer: BatchAnswer, output: str | None, first: int, rows: int) -> bytes:
+        """Rows first .. first + rows - 1 of a batch's answer as float32 little-endian, row-major.
+
+        Raises:
+            ModelFailed: the output is missing or cannot be told in floats.
+        """
+        if answer is not self._answer or output != self._output:
+            tensor = _choose(answer.outputs, output)
+            self._data = _to_float32(tensor)
+            self._row_bytes = len(self._data) // tensor.shape[0]
+            self._answer, self._output = answer, output
+        width = self._row_bytes
+        return self._data[first * width : (first + rows) * width]
+
+
+def _to_float32(tensor: Tensor) -> bytes:
     if tensor.datatype == "FP32":
-        return tensor.rows(first, rows)
+        return tensor.data
     if tensor.datatype not in _CASTABLE:
         raise ModelFailed(f"the model's output {tensor.name!r} is {tensor.datatype}, which has no form as floats")
     with np.errstate(over="ignore"):  # an FP64 beyond a float32 is infinite to a native caller
-        return np.frombuffer(tensor.rows(first, rows), _CASTABLE[tensor.datatype]).astype(FLOAT32).tobytes()
+        return np.frombuffer(tensor.data, _CASTABLE[tensor.datatype]).astype(FLOAT32).tobytes()
 
 
 def _choose(outputs: Sequence[Tensor], name: str | None) -> Tensor:

@@ -126,7 +126,7 @@ class InferenceServicer:
         if isinstance(request, Unreadable):
             return await _abort(context, to_proto(InvalidArgument("the request cannot be read as a PredictRequest")))
         self._watch(context)
-        reply = _UnaryReply(request, _request_id(context))
+        reply = _UnaryReply(request, _request_id(context), self._around.outputs)
         try:
             await self._infer(request, context.time_remaining(), reply)
             response = reply.response()
@@ -215,8 +215,9 @@ def _good_rows(index: int, blocks: Sequence[convert.NamedBlock], terms: convert.
 class _UnaryReply:
     """Gathers a request's answers by agent name."""
 
-    def __init__(self, request: pb.PredictRequest, request_id: str) -> None:
+    def __init__(self, request: pb.PredictRequest, request_id: str, outputs: convert.VectorOutputs) -> None:
         self.request = request
+        self._outputs = outputs
         self.request_id = request_id
         self.started = time.monotonic()
         # State: the blocks that were queued; per agent its result or its error; set when no row is open.
@@ -239,7 +240,7 @@ class _UnaryReply:
         block = self.blocks[part.block.index]
         first = part.block.first_row + part.first
         try:
-            data = convert.vector_rows(answer, block.route.output, offset, part.rows)
+            data = self._outputs.rows(answer, block.route.output, offset, part.rows)
         except RouterError as error:
             self.failed(part.block.index, first, part.rows, error, is_last=is_last)
             return

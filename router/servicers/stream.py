@@ -1,8 +1,11 @@
 """StreamSession: one client's PredictStream.
 
 It reads messages of calls and cancels, opens each call at the data plane, and writes "all that is ready" in one
-message: a single writer drains the list of answers, and while it writes the next list fills. A call never fails the
+message: a single writer sends the message that is ready, and while it writes the next one fills. A call never fails the
 stream.
+
+This is the router's hottest code: with one row a call, what is done once per call is done for every row. So what can be
+done for all calls of a message is (the look for NaN, the time), and an answer is made where it will be sent from.
 
 A call is open until its last answer is handed to the wire; only then may its id come back.
 """
@@ -11,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -54,6 +57,7 @@ class Surroundings:
     plane: DataPlane
     routes: convert.Routes
     access: Access
+    outputs: convert.VectorOutputs
 
 
 class StreamSession:
@@ -65,19 +69,21 @@ class StreamSession:
         self._loop = asyncio.get_running_loop()
         self._max_open = around.settings.limits.max_open_calls
         self._max_known = 2 * self._max_open
-        # State: calls by id until their last answer is handed to the wire; what the next message will hold; what wakes
-        # the writer; whether the client, or the router, wants to end the stream.
+        # State: calls by id until their last answer is handed to the wire; the messages to write, the last of which
+        # still fills, their bytes, and how many of them may hold answers that nobody wants any more; calls that were
+        # answered and not counted yet; what wakes the writer; whether client or router wants to end the stream.
         self._calls: dict[int, _StreamReply] = {}
-        self._outbox: deque[tuple[_StreamReply, pb.Answer, int]] = deque()
+        self._outbox: deque[_Message] = deque()
         self._unread_bytes = 0
+        self._messages_to_sift = 0
+        self._uncounted = 0
         self._wants_to_say_draining = is_draining
         self._something_to_do = asyncio.Event()
         self._has_written = asyncio.Event()
-        self._turn = 0
         self._is_ending = False
 
     def __repr__(self) -> str:
-        return f"<StreamSession {len(self._calls)} open calls, {len(self._outbox)} answers ready>"
+        return f"<StreamSession {len(self._calls)} open calls, {len(self._outbox)} messages ready>"
 
     async def run(self) -> None:
         """Serve until the client has closed its side and has every answer, or until `end`.
@@ -100,6 +106,7 @@ class StreamSession:
 
     def _drop_open_calls(self) -> None:
         """The client is gone: one line for all of its calls, of which there may be thousands."""
+        self._count_answered()
         dropped = sum(reply.drop() for reply in self._calls.values())
         self._around.access.record_dropped(METHOD, dropped)
 
@@ -125,27 +132,19 @@ class StreamSession:
     async def _take(self, request: pb.PredictStreamRequest) -> None:
         """First the cancels of calls that were open before this message, so that their ids may come back in it."""
         late_cancels = []
-        for call_id in request.cancels:
-            self._turn += 1
-            if self._turn >= TURN:
-                await self._take_turn()
+        for count, call_id in enumerate(request.cancels, 1):
             if not self._cancel(call_id):
                 late_cancels.append(call_id)
-        for call in request.calls:
-            self._turn += 1 + len(call.blocks)
-            if self._turn >= TURN:
-                await self._take_turn()
+            if count % TURN == 0:
+                await asyncio.sleep(0)
+        for some in convert.read_calls(request.calls, TURN, self._around.settings.limits.max_agents):
             if self._is_overfull:
                 await self._wait_for_reader()
-            self._begin(call, self._loop.time())
+            self._begin_all(some)
+            await asyncio.sleep(0)  # one message may hold a million calls: let the others go on
         for call_id in late_cancels:
             self._cancel(call_id)
         self._something_to_do.set()
-
-    async def _take_turn(self) -> None:
-        """Let the others go on: one message may hold a million calls."""
-        self._turn = 0
-        await asyncio.sleep(0)
 
     @property
     def _is_overfull(self) -> bool:
@@ -160,22 +159,35 @@ class StreamSession:
     def _cancel(self, call_id: int) -> bool:
         reply = self._calls.pop(call_id, None)
         if reply is not None:
-            reply.cancelled()
+            self._withdraw(reply)
         return reply is not None
 
-    def _begin(self, message: pb.Call, now: float) -> None:
-        predecessor = self._calls.get(message.call_id)
-        reply = self._calls[message.call_id] = _StreamReply(self, message, self._around.access)
+    def _withdraw(self, reply: "_StreamReply") -> None:
+        """The client wants no further answer of a call, and `_calls` does not know it any more."""
+        reply.cancelled()
+        self._messages_to_sift = len(self._outbox)
+
+    def _begin_all(self, calls: Sequence[convert.RawCall]) -> None:
+        are_finite = convert.are_finite([block.vectors for call in calls for block in call.blocks])
+        now = self._loop.time()
+        for call in calls:
+            self._begin(call, now, are_finite=are_finite)
+
+    def _begin(self, raw: convert.RawCall, now: float, *, are_finite: bool) -> None:
+        message = raw.message
+        call_id = message.call_id
+        predecessor = self._calls.get(call_id)
+        reply = self._calls[call_id] = _StreamReply(self, self._around, message, call_id)
         try:
             if predecessor is not None:
-                predecessor.cancelled()
-                raise InvalidArgument(f"call_id {message.call_id} is still open; both calls were dropped")
+                self._withdraw(predecessor)
+                raise InvalidArgument(f"call_id {call_id} is still open; both calls were dropped")
             self._check_room()
-            reply.begin(self._around, message, now)
+            reply.begin(self._around, raw, now, are_finite=are_finite)
         except RouterError as error:
             reply.closed(error)
         except Exception:
-            logger.exception("call %d (request id %s) failed inside the router", message.call_id, message.request_id)
+            logger.exception("call %d (request id %s) failed inside the router", call_id, message.request_id)
             reply.abort(InternalError())
 
     def _check_room(self) -> None:
@@ -189,11 +201,22 @@ class StreamSession:
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def send(self, reply: "_StreamReply", answer: pb.Answer, size: int) -> None:
-        """Put an answer into the next message; `size`: about its bytes."""
-        self._outbox.append((reply, answer, size))
+    def new_answer(self, reply: "_StreamReply", size: int, *, is_last: bool) -> pb.Answer:
+        """An answer to fill in at once, in the next message that has room for it; `size`: about its bytes."""
         self._unread_bytes += size
-        self._something_to_do.set()
+        if not self._outbox or self._outbox[-1].size + size > MAX_MESSAGE_BYTES:
+            self._outbox.append(_Message())
+        if not self._something_to_do.is_set():
+            self._something_to_do.set()
+        return self._outbox[-1].add(reply, size, is_last=is_last)
+
+    def count_answered(self) -> None:
+        """Count a call without errors, with the others of its message."""
+        self._uncounted += 1
+
+    def _count_answered(self) -> None:
+        self._around.access.record_answered(METHOD, self._uncounted)
+        self._uncounted = 0
 
     async def _write_all(self) -> None:
         while True:
@@ -206,22 +229,61 @@ class StreamSession:
             await self._something_to_do.wait()
 
     def _next_message(self) -> pb.PredictStreamResponse | None:
-        """All that is ready, up to 1 MiB; None when nothing is. A call whose last answer is in it is closed."""
-        answers: list[pb.Answer] = []
-        size = 0
-        while self._outbox and (not answers or size + self._outbox[0][2] <= MAX_MESSAGE_BYTES):
-            reply, answer, answer_size = self._outbox.popleft()
-            self._unread_bytes -= answer_size
-            if self._calls.get(reply.call_id) is reply:  # else cancelled, or dropped for its id
-                answers.append(answer)
-                size += answer_size
-                if answer.done:
-                    del self._calls[reply.call_id]
-        if not answers and not self._wants_to_say_draining:
-            return None
-        message = pb.PredictStreamResponse(answers=answers, draining=self._wants_to_say_draining)
-        self._wants_to_say_draining = False
+        """What is ready, up to 1 MiB; None when nothing is. A call whose last answer is in it is closed."""
+        self._count_answered()
+        while self._outbox:
+            message = self._pop_message()
+            if message.answers or self._wants_to_say_draining:
+                return self._with_draining(message)
+        return self._with_draining(pb.PredictStreamResponse()) if self._wants_to_say_draining else None
+
+    def _with_draining(self, message: pb.PredictStreamResponse) -> pb.PredictStreamResponse:
+        if self._wants_to_say_draining:
+            self._wants_to_say_draining = False
+            message.draining = True
         return message
+
+    def _pop_message(self) -> pb.PredictStreamResponse:
+        message = self._outbox.popleft()
+        self._unread_bytes -= message.size
+        if self._messages_to_sift:
+            self._messages_to_sift -= 1
+            message.sift(lambda reply: self._calls.get(reply.call_id) is reply)
+        for call_id in message.ended:
+            del self._calls[call_id]
+        return message.content
+
+
+class _Message:
+    """A message that fills until it is written."""
+
+    __slots__ = ("_replies", "content", "ended", "size")
+
+    def __init__(self) -> None:
+        self.content = pb.PredictStreamResponse()
+        self.size = 0
+        # Whose each of the answers is, and the ids of the calls whose last answer is among them.
+        self._replies: list[_StreamReply] = []
+        self.ended: list[int] = []
+
+    def add(self, reply: "_StreamReply", size: int, *, is_last: bool) -> pb.Answer:
+        """One more answer, empty but for its call's id and end."""
+        self.size += size
+        self._replies.append(reply)
+        answer = self.content.answers.add()
+        answer.call_id = reply.call_id
+        if is_last:
+            answer.done = True
+            self.ended.append(reply.call_id)
+        return answer
+
+    def sift(self, is_wanted: Callable[["_StreamReply"], bool]) -> None:
+        """Leave out the answers of calls that are not wanted any more; their ids may be another call's by now."""
+        answers = [
+            answer for answer, reply in zip(self.content.answers, self._replies, strict=True) if is_wanted(reply)
+        ]
+        self.ended = [answer.call_id for answer in answers if answer.done]
+        self.content = pb.PredictStreamResponse(answers=answers)
 
 
 class _StreamReply:
@@ -234,6 +296,7 @@ class _StreamReply:
         "_explain",
         "_failed_rows",
         "_is_recorded",
+        "_outputs",
         "_request_id",
         "_routes",
         "_rows",
@@ -242,13 +305,14 @@ class _StreamReply:
         "call_id",
     )
 
-    def __init__(self, session: StreamSession, message: pb.Call, access: Access) -> None:
+    def __init__(self, session: StreamSession, around: Surroundings, message: pb.Call, call_id: int) -> None:
         self._session = session
-        self._access = access
+        self._access = around.access
+        self._outputs = around.outputs
         self._explain = message.explain
         self._request_id = message.request_id
         self._started = time.monotonic()
-        self.call_id = message.call_id
+        self.call_id = call_id
         # State: the call once it is open; a route per block; rows in all and failed ones; the first error.
         self._call: Call | None = None
         self._routes: list[convert.Route | None] = []
@@ -257,34 +321,39 @@ class _StreamReply:
         self._error: RouterError | None = None
         self._is_recorded = False
 
-    def begin(self, around: Surroundings, message: pb.Call, now: float) -> None:
-        """Check the call and queue its rows. Raises RouterError for a fault of the whole call."""
-        self._rows = convert.check_call(message, around.settings.limits)
+    def begin(self, around: Surroundings, raw: convert.RawCall, now: float, *, are_finite: bool) -> None:
+        """Check the call and queue its rows. Raises RouterError for a fault of the whole call.
+
+        `are_finite`: whether it is known that no vector holds a NaN or an infinity.
+        """
+        message = raw.message
+        self._rows = convert.check_call(raw, around.settings.limits)
         asked_s = message.timeout_s if message.HasField("timeout_s") else None
         terms = convert.Terms(now, convert.timeout_s(asked_s, None, around.settings))
         call = self._call = around.plane.open(self, self._rows, terms.timeout_s)
         blocks: list[Block] = []
-        for index, block in enumerate(message.blocks):
-            blocks.extend(self._to_blocks(call, around.routes, index, block, terms))
+        for index, block in enumerate(raw.blocks):
+            self._routes.append(None)
+            try:
+                route = self._routes[index] = around.routes.find(block.agent_type, block.model_name, block.dim)
+                convert.check_size(block.vectors, block.rows, block.dim)
+                if are_finite:
+                    blocks.append(convert.to_block(route, index, block, terms, call))
+                else:
+                    blocks += self._good_blocks(call, route, index, block, terms)
+            except RouterError as error:
+                call.fail_rows(index, 0, block.rows, error)
         around.plane.infer(call, blocks)
 
-    def _to_blocks(
-        self, call: Call, routes: convert.Routes, index: int, block: pb.Block, terms: convert.Terms
-    ) -> Iterator[Block]:
-        """The block's good rows; its bad ones fail at once."""
-        vectors = block.vectors
-        self._routes.append(None)
-        try:
-            route = self._routes[index] = routes.find(block.agent_type, block.model_name, block.dim)
-            convert.check_size(vectors, block.rows, block.dim)
-            runs = convert.finite_runs(vectors, block.rows, block.dim)
-        except RouterError as error:
-            call.fail_rows(index, 0, block.rows, error)
-            return
+    def _good_blocks(
+        self, call: Call, route: convert.Route, index: int, block: convert.RawBlock, terms: convert.Terms
+    ) -> Sequence[Block]:
+        """The block's good rows; its bad ones fail at once. Raises RouterError for a fault of the whole block."""
+        runs = convert.finite_runs(block.vectors, block.rows, block.dim)
         for run in runs:
             if run.error is not None:
                 call.fail_rows(index, run.first, run.rows, run.error)
-        yield from convert.to_blocks(route, index, vectors, runs, terms, call)
+        return list(convert.to_blocks(route, index, block.vectors, runs, terms, call))
 
     def abort(self, error: RouterError) -> None:
         """Fail whatever of the call is still open."""
@@ -315,20 +384,21 @@ class _StreamReply:
         assert route is not None, "an answer for a block that was refused: this is a bug"
         first_row = block.first_row + part.first
         try:
-            outputs = convert.vector_rows(answer, route.output, offset, part.rows)
+            outputs = self._outputs.rows(answer, route.output, offset, part.rows)
         except RouterError as error:
             self.failed(block.index, first_row, part.rows, error, is_last=is_last)
             return
-        message = pb.Answer()  # set field by field: by keyword it costs half as much again
-        message.call_id = self.call_id
-        message.block = block.index
-        message.first_row = first_row
+        explanation = convert.explain(part, answer) if self._explain else None
+        message = self._session.new_answer(self, len(outputs) + ANSWER_OVERHEAD_BYTES, is_last=is_last)
+        # Field by field, and only what is not its default: by keyword it costs half as much again.
         message.rows = part.rows
         message.outputs = outputs
-        message.done = is_last
-        if self._explain:
-            message.explanation.CopyFrom(convert.explain(part, answer))
-        self._session.send(self, message, len(outputs) + ANSWER_OVERHEAD_BYTES)
+        if block.index:
+            message.block = block.index
+        if first_row:
+            message.first_row = first_row
+        if explanation is not None:
+            message.explanation.CopyFrom(explanation)
         if is_last:
             self._record(self._error)
 
@@ -336,18 +406,17 @@ class _StreamReply:
         """See Reply."""
         self._failed_rows += rows
         self._error = self._error or error
-        message = pb.Answer(
-            call_id=self.call_id, block=index, first_row=first_row, rows=rows, error=to_proto(error), done=is_last
-        )
-        self._session.send(self, message, ERROR_OVERHEAD_BYTES)
+        message = self._session.new_answer(self, ERROR_OVERHEAD_BYTES, is_last=is_last)
+        message.block, message.first_row, message.rows = index, first_row, rows
+        message.error.CopyFrom(to_proto(error))
         if is_last:
             self._record(self._error)
 
     def closed(self, error: RouterError) -> None:
         """See Reply."""
         self._failed_rows = self._rows
-        message = pb.Answer(call_id=self.call_id, error=to_proto(error), done=True)
-        self._session.send(self, message, ERROR_OVERHEAD_BYTES)
+        message = self._session.new_answer(self, ERROR_OVERHEAD_BYTES, is_last=True)
+        message.error.CopyFrom(to_proto(error))
         self._record(error)
 
     def _record(self, error: RouterError | None) -> None:
@@ -355,10 +424,14 @@ class _StreamReply:
         if self._is_recorded:
             return
         self._is_recorded = True
+        access = self._access
+        if error is None and not access.logs_answered:
+            self._session.count_answered()
+            return
         code = OK if error is None else status_of(error).name
         if error is not None and self._failed_rows < self._rows:
             code = PARTIAL
-        self._access.record(
+        access.record(
             METHOD,
             code,
             request_id=self._request_id,

@@ -129,7 +129,29 @@ def test_an_unknown_class_is_refused() -> None:
 )
 def test_a_fault_of_the_call_refuses_it_whole(settings: Settings, call: pb.Call, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
-        convert.check_call(call, settings.limits)
+        convert.check_call(read(call), settings.limits)
+
+
+def read(call: pb.Call) -> convert.RawCall:
+    ((one,),) = convert.read_calls([call], 1, 10)
+    return one
+
+
+def test_calls_are_read_in_lists_of_bounded_size_and_none_beyond_its_limit() -> None:
+    calls = [pb.Call(call_id=number, blocks=[pb.Block(rows=1)] * blocks) for number, blocks in enumerate([1, 1, 9, 0])]
+    lists = list(convert.read_calls(calls, 4, 2))
+    assert [[(call.message.call_id, len(call.blocks)) for call in some] for some in lists] == [
+        [(0, 1), (1, 1)],
+        [(2, 3)],
+        [(3, 0)],
+    ]
+
+
+def test_a_call_with_more_blocks_than_may_be_is_told_how_many_it_has(settings: Settings) -> None:
+    call = pb.Call(blocks=[pb.Block(rows=1)] * 2000)
+    ((one,),) = convert.read_calls([call], 1, settings.limits.max_agents)
+    with pytest.raises(InvalidArgument, match="the call has 2000 blocks, at most 1024 are allowed"):
+        convert.check_call(one, settings.limits)
 
 
 @pytest.mark.parametrize("nbytes", [0, 7, 9, 12])
@@ -156,6 +178,21 @@ def test_bad_rows_are_told_apart_and_good_ones_go_on_unchanged(rows: list[list[f
     assert [run.first for run in runs] == np.cumsum([0, *(run.rows for run in runs[:-1])]).tolist()
     assert all(run.rows == 1 for run in runs if run.error is not None)
     assert not any(one.error is None and two.error is None for one, two in itertools.pairwise(runs))
+
+
+@pytest.mark.parametrize(
+    ("vectors", "is_known_good"),
+    [
+        ([], True),
+        ([struct.pack("<2f", 1, 2), struct.pack("<f", 3)], True),
+        ([struct.pack("<2f", 1, 2), struct.pack("<f", math.nan)], False),
+        ([struct.pack("<f", math.inf), b""], False),
+        # Two bytes too many and two too few: together they fit, and everything between them would be read askew.
+        ([bytes(6), struct.pack("<f", math.nan), bytes(2)], False),
+    ],
+)
+def test_many_vectors_are_looked_at_together(vectors: list[bytes], is_known_good: bool) -> None:
+    assert convert.are_finite(vectors) is is_known_good
 
 
 def test_a_bad_rows_message_names_the_value() -> None:
@@ -225,24 +262,34 @@ def floats(data: bytes) -> list[float]:
 )
 def test_every_number_reaches_a_native_caller_as_float32(datatype: str, dtype: str, value: float) -> None:
     tensor = Tensor("output", datatype, (2, 2), np.array([0, 0, value, 1], dtype).tobytes())
-    assert floats(convert.vector_rows(answer_of(tensor), None, 1, 1)) == [float(value), 1.0]
+    assert floats(convert.VectorOutputs().rows(answer_of(tensor), None, 1, 1)) == [float(value), 1.0]
 
 
 def test_text_has_no_form_as_floats() -> None:
     tensor = Tensor("output", "BYTES", (2,), struct.pack("<II", 0, 0))
     with pytest.raises(ModelFailed, match="'output' is BYTES, which has no form as floats"):
-        convert.vector_rows(answer_of(tensor), None, 0, 1)
+        convert.VectorOutputs().rows(answer_of(tensor), None, 0, 1)
 
 
 def test_the_output_is_the_configured_one_else_output_else_the_first() -> None:
     one, output = (
         Tensor(name, "FP32", (2,), np.array(v, "<f4").tobytes()) for name, v in (("one", [1, 2]), ("output", [3, 4]))
     )
-    assert floats(convert.vector_rows(answer_of(one, output), None, 0, 2)) == [3, 4]
-    assert floats(convert.vector_rows(answer_of(one, output), "one", 0, 2)) == [1, 2]
-    assert floats(convert.vector_rows(answer_of(one), None, 0, 2)) == [1, 2]
+    assert floats(convert.VectorOutputs().rows(answer_of(one, output), None, 0, 2)) == [3, 4]
+    assert floats(convert.VectorOutputs().rows(answer_of(one, output), "one", 0, 2)) == [1, 2]
+    assert floats(convert.VectorOutputs().rows(answer_of(one), None, 0, 2)) == [1, 2]
     with pytest.raises(ModelFailed, match="no output 'two', only 'one', 'output'"):
-        convert.vector_rows(answer_of(one, output), "two", 0, 2)
+        convert.VectorOutputs().rows(answer_of(one, output), "two", 0, 2)
+
+
+def test_answers_and_outputs_in_turn_are_not_taken_for_each_other() -> None:
+    one, two = (
+        answer_of(*(Tensor(name, "FP64", (2,), np.array([value, value + 1.0]).tobytes()) for name, value in values))
+        for values in ((("a", 1), ("b", 3)), (("a", 5), ("b", 7)))
+    )
+    outputs = convert.VectorOutputs()
+    asked = [(one, "a"), (one, "b"), (two, "b"), (two, None), (one, None), (one, "a")]
+    assert [floats(outputs.rows(answer, name, 1, 1)) for answer, name in asked] == [[2], [4], [8], [6], [2], [2]]
 
 
 def test_an_explanation_tells_where_the_time_went() -> None:
