@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -86,8 +87,19 @@ def main() -> None:
 
 def run(settings: Settings) -> None:
     """Serve on uvloop: a fifth less CPU."""
+    _calm_garbage_collector()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(settings))
+
+
+def _calm_garbage_collector() -> None:
+    """Leave out what was imported, and look less often: 64 calls alone make more objects than the default of 700.
+
+    What a call has made is in no cycle once it is answered, so looking for cycles finds nothing.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _complain(text: str, status: int) -> int:

@@ -79,7 +79,8 @@ class Batcher:
             raise
         self._new_blocks += 1
         self._new_rows += block.rows
-        self._pump_soon()
+        if not self._is_pump_due:
+            self._pump_soon()
 
     def discard(self, block: Block) -> None:
         """Forget what waits of a block; rows in flight go on for their neighbours."""

@@ -64,7 +64,12 @@ class Call:
 
     def answer(self, part: Part, answer: BatchAnswer, offset: int) -> None:
         """See Recipient."""
-        is_last = self._settle(part.rows)
+        assert not self.is_closed, "a row of a closed call was answered: this is a bug"
+        rows_left = self._open_rows = self._open_rows - part.rows
+        assert rows_left >= 0, "more rows answered than asked: this is a bug"
+        is_last = not rows_left
+        if is_last:
+            self._close()
         try:
             self._reply.answered(part, answer, offset, is_last=is_last)
         except Exception:
@@ -80,7 +85,12 @@ class Call:
 
     def fail_rows(self, index: int, first_row: int, rows: int, error: RouterError) -> None:
         """Rows that never made it to a queue, or came back without an answer."""
-        is_last = self._settle(rows)
+        assert not self.is_closed, "a row of a closed call has failed: this is a bug"
+        assert rows <= self._open_rows, "more rows failed than asked: this is a bug"
+        self._open_rows -= rows
+        is_last = not self._open_rows
+        if is_last:
+            self._close()
         self._reply.failed(index, first_row, rows, error, is_last=is_last)
 
     def expire(self) -> None:
@@ -101,14 +111,6 @@ class Call:
     def wait_in(self, batcher: Batcher, block: Block) -> None:
         """Remember where to withdraw from."""
         self._queued.append((batcher, block))
-
-    def _settle(self, rows: int) -> bool:
-        assert not self.is_closed, "a row of a closed call was answered: this is a bug"
-        assert rows <= self._open_rows, "more rows answered than asked: this is a bug"
-        self._open_rows -= rows
-        if not self._open_rows:
-            self._close()
-        return self.is_closed
 
     def _close(self) -> None:
         self.is_closed = True
@@ -162,7 +164,7 @@ class DataPlane:
         """Queue a call's blocks. Each is refused or taken by itself; the call's reply hears of it either way."""
         for block in blocks:
             try:
-                batcher = self._batcher(block.key)
+                batcher = self._batchers.get(block.key) or self._new_batcher(block.key)
                 batcher.infer(block)
             except RouterError as error:
                 self._count_refusal(error, block.rows)
@@ -196,12 +198,6 @@ class DataPlane:
         if isinstance(error, ResourceExhausted):
             self._metrics.refusals.labels(error.reason).inc(rows)
 
-    def _batcher(self, key: BatchKey) -> Batcher:
-        batcher = self._batchers.get(key)
-        if batcher is None:
-            batcher = self._batchers[key] = self._new_batcher(key)
-        return batcher
-
     def _new_batcher(self, key: BatchKey) -> Batcher:
         limits = self._settings.limits
         if len(self._batchers) >= limits.max_keys:
@@ -212,7 +208,7 @@ class DataPlane:
             raise NotFound(f"no model {key.model_name!r} for agent type {key.agent_type!r}")
         backend = self._settings.backends[model.backend]
         max_batch_rows = max(1, min(model.max_batch_size, model.max_batch_bytes // key.row_bytes))
-        return Batcher(
+        batcher = self._batchers[key] = Batcher(
             key,
             queue=KeyQueue(max_batch_rows=max_batch_rows, max_rows=limits.max_queued_rows, budget=self._budget),
             policy=choose_policy(backend.max_in_flight, model.max_queue_delay_s),
@@ -222,6 +218,7 @@ class DataPlane:
             next_batch_id=self._next_batch_id,
             metrics=self._metrics,
         )
+        return batcher
 
     def _sweep(self) -> None:
         """Forget the keys that nobody has used for `key_idle_s`."""

@@ -167,9 +167,11 @@ def read_calls(calls: Iterable[pb.Call], size: int, max_blocks: int) -> Iterator
 def check_call(call: RawCall, limits: LimitSettings) -> int:
     """The call's rows in all. Raises InvalidArgument for a fault of the whole call."""
     message, longest = call.message, limits.max_name_length
-    check_class(message.priority_class)
-    check_name("tenant", message.tenant, longest)
-    check_name("request_id", message.request_id, longest)
+    tenant, request_id = message.tenant, message.request_id
+    if message.priority_class not in _CLASSES or len(tenant) > longest or len(request_id) > longest:
+        check_class(message.priority_class)
+        check_name("tenant", tenant, longest)
+        check_name("request_id", request_id, longest)
     if len(call.blocks) > limits.max_agents:
         count = len(message.blocks)
         raise InvalidArgument(f"the call has {count} blocks, at most {limits.max_agents} are allowed")

@@ -204,11 +204,11 @@ class StreamSession:
     def new_answer(self, reply: "_StreamReply", size: int, *, is_last: bool) -> pb.Answer:
         """An answer to fill in at once, in the next message that has room for it; `size`: about its bytes."""
         self._unread_bytes += size
-        if not self._outbox or self._outbox[-1].size + size > MAX_MESSAGE_BYTES:
-            self._outbox.append(_Message())
-        if not self._something_to_do.is_set():
+        outbox = self._outbox
+        if not outbox or outbox[-1].size + size > MAX_MESSAGE_BYTES:
+            outbox.append(_Message())
             self._something_to_do.set()
-        return self._outbox[-1].add(reply, size, is_last=is_last)
+        return outbox[-1].add(reply, size, is_last=is_last)
 
     def count_answered(self) -> None:
         """Count a call without errors, with the others of its message."""
@@ -424,6 +424,7 @@ class _StreamReply:
         if self._is_recorded:
             return
         self._is_recorded = True
+        self._call = None  # which knows us: together they would stay until the garbage is collected
         access = self._access
         if error is None and not access.logs_answered:
             self._session.count_answered()
