@@ -95,6 +95,10 @@ class Coverage:
         if first + rows > self._rows[block]:
             raise ProtocolError(f"the answer names rows {first}..{first + rows - 1} of {self._rows[block]}")
         ranges = self._ranges[block]
+        if not ranges:
+            ranges.append((first, first + rows))
+            self.rows_left -= rows
+            return
         at = bisect_left(ranges, (first, 0))
         if (at and ranges[at - 1][1] > first) or (at < len(ranges) and ranges[at][0] < first + rows):
             raise ProtocolError(f"rows {first}..{first + rows - 1} of block {block} are answered twice")

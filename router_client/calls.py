@@ -132,20 +132,29 @@ class Call:
         return self._delivered is None and self._rows == [answer.rows] and not answer.block and not answer.first_row
 
     def _accept_part(self, answer: pb.Answer) -> None:
-        delivered = self._delivered = self._delivered or Coverage(self._rows)
         seen = self._seen = self._seen or Coverage(self._rows)
-        seen.mark(answer.block, answer.first_row, answer.rows)
-        # Copies: an answer waits for its siblings and must not keep a message with the answers of all callers alive.
-        for first, stop in list(delivered.gaps(answer.block, answer.first_row, answer.first_row + answer.rows)):
-            delivered.mark(answer.block, first, stop - first)
-            piece = cut(answer, first, stop)
-            piece.done = not delivered.rows_left
-            self.answers.append(piece)
+        delivered = self._delivered = self._delivered or seen  # one and the same until an answer comes after a loss
+        block, first, stop = answer.block, answer.first_row, answer.first_row + answer.rows
+        seen.mark(block, first, stop - first)
+        if seen is delivered:
+            self._deliver(answer, first, stop)
+        else:
+            for one_first, one_stop in list(delivered.gaps(block, first, stop)):
+                delivered.mark(block, one_first, one_stop - one_first)
+                self._deliver(answer, one_first, one_stop)
+        if self.answers:
+            self.answers[-1].done = not delivered.rows_left
         self.is_over = not delivered.rows_left
         if answer.done and not self.is_over:
             raise ProtocolError(f"the call was ended with {delivered.rows_left} rows unanswered")
         if self.is_over or self._wakes_each:
             self._wake()
+
+    def _deliver(self, answer: pb.Answer, first: int, stop: int) -> None:
+        """A copy: an answer waits for its siblings, and must not keep a message with everybody's answers alive."""
+        piece = cut(answer, first, stop)
+        piece.done = False
+        self.answers.append(piece)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
