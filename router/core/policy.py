@@ -4,7 +4,7 @@ Theory of operation. A batch is formed at the moment a slot takes it, so while e
 decided: rows gather by themselves. The question comes up only with a slot at hand. Then rows go at once, unless a hold
 applies; a hold always has an end, and a full batch is never held. Two holds:
 
-* gather: a batch costs the router 0.1-0.2 ms itself, so with thousands of blocks a second one release per arrival
+* gather: a batch costs the router 0.1-0.4 ms itself, so with a thousand blocks a second one release per arrival
   drowns a fast backend in one-row batches. While blocks of the key arrive at `GATHER_BLOCKS` or more per d =
   min(max_queue_delay_s, 2 ms), and another block of the key waits or is in flight, rows wait until the oldest is d old.
 * coalescing: with the model idle and its service time S known, callers of one burst should meet in one batch: rows
@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 GATHER_MAX_S = 0.002
-GATHER_BLOCKS = 4
+# From here on a hold of d saves a batch on the average. Not more: a router that sends 1,400 batches of one row a second
+# has no CPU left for the next rows (64 callers of `Predict`), and would never see the 2,000 rows a second of 4 per d.
+GATHER_BLOCKS = 1
 COALESCE_SHARE = 0.02
 COALESCE_MIN_S = 0.001
 # The span over which arrival rates are averaged: max(4 S, 0.25 s).

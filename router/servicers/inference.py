@@ -5,6 +5,7 @@ through a `Reply`.
 """
 
 import asyncio
+import functools
 import itertools
 import logging
 import time
@@ -126,7 +127,7 @@ class InferenceServicer:
         if isinstance(request, Unreadable):
             return await _abort(context, to_proto(InvalidArgument("the request cannot be read as a PredictRequest")))
         self._watch(context)
-        reply = _UnaryReply(request, _request_id(context), self._around.outputs)
+        reply = _UnaryReply(request, context, self._around.outputs)
         try:
             await self._infer(request, context.time_remaining(), reply)
             response = reply.response()
@@ -139,7 +140,7 @@ class InferenceServicer:
             logger.exception("request %s failed inside the router; this is a bug", reply.request_id)
             return await self._fail(reply, InternalError(), context)
         self._record_answered(reply)
-        common = _common_error(response)
+        common = _common_error(response) if reply.errors else None
         return await _abort(context, common) if common else response
 
     async def _infer(self, request: pb.PredictRequest, rpc_s: float | None, reply: "_UnaryReply") -> None:
@@ -162,7 +163,7 @@ class InferenceServicer:
         reply.blocks = blocks
         try:
             plane.infer(call, [one for index in range(len(blocks)) for one in _good_rows(index, blocks, terms, call)])
-            await reply.is_complete.wait()
+            await reply.completion
         finally:
             call.cancel()
 
@@ -178,7 +179,11 @@ class InferenceServicer:
             self._record(reply, PARTIAL if reply.outputs else status_of(error).name, error.message)
 
     def _record(self, reply: "_UnaryReply", code: str, detail: str = "") -> None:
-        self._around.access.record(
+        access = self._around.access
+        if code == OK and not access.logs_answered:
+            access.record_answered(METHOD, 1)
+            return
+        access.record(
             METHOD,
             code,
             request_id=reply.request_id,
@@ -215,16 +220,21 @@ def _good_rows(index: int, blocks: Sequence[convert.NamedBlock], terms: convert.
 class _UnaryReply:
     """Gathers a request's answers by agent name."""
 
-    def __init__(self, request: pb.PredictRequest, request_id: str, outputs: convert.VectorOutputs) -> None:
+    def __init__(self, request: pb.PredictRequest, context: UnaryContext, outputs: convert.VectorOutputs) -> None:
         self.request = request
+        self._context = context
         self._outputs = outputs
-        self.request_id = request_id
         self.started = time.monotonic()
-        # State: the blocks that were queued; per agent its result or its error; set when no row is open.
+        # State: the blocks that were queued; per agent its result or its error; done when no row is open.
         self.blocks: Sequence[convert.NamedBlock] = ()
-        self.outputs: dict[str, pb.AgentResult] = {}
+        self.outputs: dict[str, tuple[list[float], pb.Explanation | None]] = {}
         self.errors: dict[str, RouterError] = {}
-        self.is_complete = asyncio.Event()
+        self.completion: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @functools.cached_property
+    def request_id(self) -> str:
+        """The caller's, else a new one; looked for only when somebody asks, which is not for each call."""
+        return _request_id(self._context)
 
     @property
     def first_error(self) -> RouterError | None:
@@ -232,8 +242,18 @@ class _UnaryReply:
 
     def response(self) -> pb.PredictResponse:
         """A result for every agent of the request."""
-        errors = {name: pb.AgentResult(error=to_proto(error)) for name, error in self.errors.items()}
-        return pb.PredictResponse(results=self.outputs | errors)
+        response = pb.PredictResponse()
+        results = response.results
+        for name, (output, explanation) in self.outputs.items():
+            if name in self.errors:
+                continue
+            result = results[name]  # filled where it stands: a finished message would be copied
+            result.output.extend(output)
+            if explanation is not None:
+                result.explanation.CopyFrom(explanation)
+        for name, error in self.errors.items():
+            results[name].error.CopyFrom(to_proto(error))
+        return response
 
     def answered(self, part: Part, answer: BatchAnswer, offset: int, *, is_last: bool) -> None:
         """See Reply."""
@@ -247,7 +267,7 @@ class _UnaryReply:
         explanation = convert.explain(part, answer) if self.request.explain else None
         rows = np.frombuffer(data, convert.FLOAT32).reshape(part.rows, -1).tolist()
         for name, row in zip(block.names[first:], rows, strict=False):
-            self.outputs[name] = pb.AgentResult(output=row, explanation=explanation)
+            self.outputs[name] = row, explanation
         self._finish(is_last=is_last)
 
     def failed(self, index: int, first_row: int, rows: int, error: RouterError, *, is_last: bool) -> None:
@@ -264,8 +284,8 @@ class _UnaryReply:
         self._finish(is_last=True)
 
     def _finish(self, *, is_last: bool) -> None:
-        if is_last:
-            self.is_complete.set()
+        if is_last and not self.completion.done():  # done: the RPC is being cancelled
+            self.completion.set_result(None)
 
 
 def _common_error(response: pb.PredictResponse) -> pb.Error | None:

@@ -54,7 +54,7 @@ def test_a_busy_model_or_a_full_batch_is_not_held(busy: dict[str, int]) -> None:
 
 
 def test_dense_arrivals_gather_until_the_oldest_is_two_milliseconds_old() -> None:
-    policy = dense(WorkConserving(0.01), now=10.0, blocks_per_s=2100)
+    policy = dense(WorkConserving(0.01), now=10.0, blocks_per_s=550)
     company = view(oldest_at=10.0, blocks=2, busy_slots=1)
     assert policy.hold(company, now=10.0) == Hold(10.002)
     assert policy.hold(company, now=math.nextafter(10.002, 0)) is not None
@@ -62,13 +62,13 @@ def test_dense_arrivals_gather_until_the_oldest_is_two_milliseconds_old() -> Non
 
 
 def test_gathering_needs_company_in_the_queue_or_in_flight() -> None:
-    policy = dense(WorkConserving(0.002), now=10.0, blocks_per_s=2100)
+    policy = dense(WorkConserving(0.002), now=10.0, blocks_per_s=550)
     assert policy.hold(view(oldest_at=10.0), now=10.0) is None
     assert policy.hold(view(oldest_at=10.0, blocks_in_flight=1, busy_slots=1), now=10.0) is not None
 
 
 def test_sparser_arrivals_do_not_gather() -> None:
-    policy = dense(WorkConserving(0.002), now=10.0, blocks_per_s=1900)
+    policy = dense(WorkConserving(0.002), now=10.0, blocks_per_s=450)
     assert policy.hold(view(oldest_at=10.0, blocks=2), now=10.0) is None
 
 
