@@ -196,6 +196,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # nobody asks for the client's address
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=ceil(settings.drain_timeout_s) + LINGER_S,
             )

@@ -29,10 +29,18 @@ class OpenCall:
 
     def take(self, answer: pb.Answer) -> list[tuple[str, Outcome]]:
         """The agents that this answer settles, with their outcomes."""
-        return [(name, _outcome(output, why)) for name, output, why in self._roster.take(answer)]
+        rows = self._roster.take(answer)
+        outputs = [output for _, output, why in rows if type(output) is bytes and why is None]
+        if len(outputs) < len(rows) or not rows:
+            return [(name, _outcome(output, why)) for name, output, why in rows]
+        # The usual case: rows of one matrix, each of which is a view of it; an array of its own would cost three times.
+        matrix = np.frombuffer(b"".join(outputs), _FLOAT32).reshape(len(rows), -1)
+        return [(name, {"output": output}) for (name, _, _), output in zip(rows, matrix, strict=True)]
 
     def fail_rest(self, fault: Fault) -> list[tuple[str, Outcome]]:
         """Settles everyone who still waits."""
+        if not self._roster.agents_left:
+            return []
         return [(name, fault) for name, *_ in self._roster.fail_rest(pb.Error(code=fault.code))]
 
 

@@ -70,7 +70,9 @@ def parse_predict(body: bytes, limits: Limits) -> PredictCall:
     for key in json_text.repeated_keys(document):
         raise InvalidRequestError(f"the body has {_quote(key)} more than once")
     agents = _read_agents(document, limits)
-    rows, faults = _read_rows(agents, limits)
+    # struct takes True for 1.0, so where a boolean may be the types are looked at: 1 µs for a vector of 32.
+    may_have_booleans = b"true" in body or b"false" in body
+    rows, faults = _read_rows(agents, limits, may_have_booleans=may_have_booleans)
     return PredictCall(
         names=list(agents),
         rows=rows,
@@ -125,17 +127,19 @@ def _is_priority_class(value: object) -> TypeGuard[PriorityClass]:
     return value in get_args(PriorityClass)
 
 
-def _read_rows(agents: dict[str, object], limits: Limits) -> tuple[list[Row], dict[str, Fault]]:
+def _read_rows(
+    agents: dict[str, object], limits: Limits, *, may_have_booleans: bool
+) -> tuple[list[Row], dict[str, Fault]]:
     rows, faults = [], {}
     for name, agent in agents.items():
         try:
-            rows.append(_read_row(name, agent, limits))
+            rows.append(_read_row(name, agent, limits, may_have_booleans=may_have_booleans))
         except _AgentError as exc:
             faults[name] = Fault("INVALID_ARGUMENT", str(exc))
     return rows, faults
 
 
-def _read_row(name: str, agent: object, limits: Limits) -> Row:
+def _read_row(name: str, agent: object, limits: Limits, *, may_have_booleans: bool) -> Row:
     if type(agent) is not dict:
         agent = _check_object(agent)
     limit = limits.max_name_length
@@ -149,7 +153,8 @@ def _read_row(name: str, agent: object, limits: Limits) -> Row:
         and f"{name}{agent_type}{model_name}".isprintable()
     ):
         agent_type, model_name = _check_names(name, agent_type, model_name, limit)
-    return name, agent_type, model_name, _read_vector(agent.get("vector"), limits.max_vector_length)
+    vector = _read_vector(agent.get("vector"), limits.max_vector_length, may_have_booleans=may_have_booleans)
+    return name, agent_type, model_name, vector
 
 
 def _check_object(agent: object) -> dict[str, object]:
@@ -181,19 +186,25 @@ def _check_name(field: str, value: object, limit: int) -> str:
     return value
 
 
-def _read_vector(vector: object, limit: int) -> bytes:
+def _read_vector(vector: object, limit: int, *, may_have_booleans: bool) -> bytes:
     if not isinstance(vector, list):
         raise _AgentError(
             "vector is missing" if vector is None else f"vector must be a list of numbers, not {_kind(vector)}"
         )
     if not 0 < len(vector) <= limit:
         raise _AgentError(_length_fault(len(vector), limit))
-    if not _NUMBERS.issuperset(map(type, vector)):
+    if may_have_booleans and not _are_numbers(vector):
         raise _AgentError(_first_not_a_number(vector))
     try:
         return _packer(len(vector))(*vector)
-    except (OverflowError, struct.error) as exc:  # the latter for an int that no double holds
+    except (OverflowError, struct.error) as exc:  # the latter for what is no number, and an int that no double holds
+        if not _are_numbers(vector):
+            raise _AgentError(_first_not_a_number(vector)) from None
         raise _AgentError(f"vector[{_first_overflow(vector)}] is not finite as a float32") from exc
+
+
+def _are_numbers(vector: list[object]) -> bool:
+    return _NUMBERS.issuperset(map(type, vector))
 
 
 @lru_cache(maxsize=1024)
