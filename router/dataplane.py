@@ -137,7 +137,6 @@ class DataPlane:
         self._open: set[Call] = set()
         self._is_refusing = False
         self._all_closed = asyncio.Event()
-        self._all_closed.set()
         metrics.queued_rows.set_function(lambda: self._budget.rows)
         metrics.open_calls.set_function(lambda: len(self._open))
         metrics.keys.set_function(lambda: len(self._batchers))
@@ -157,7 +156,6 @@ class DataPlane:
             raise Unavailable(message, retry_after_s=LEAVING_RETRY_AFTER_S)
         call = Call(reply, rows, timeout_s, self._closed)
         self._open.add(call)
-        self._all_closed.clear()
         return call
 
     def infer(self, call: Call, blocks: Sequence[Block]) -> None:
@@ -178,7 +176,9 @@ class DataPlane:
 
     async def wait_until_idle(self) -> None:
         """Return when no call is open."""
-        await self._all_closed.wait()
+        while self._open:
+            self._all_closed.clear()
+            await self._all_closed.wait()
 
     async def aclose(self) -> None:
         """Fail what is still open, end what is in flight."""

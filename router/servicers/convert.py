@@ -231,14 +231,6 @@ def _not_finite(row: FloatArray) -> InvalidArgument:
     return InvalidArgument(f"vector[{where}] is {row[where]:g}; every value must be finite as a float32")
 
 
-def to_block(route: Route, index: int, block: RawBlock, terms: Terms, recipient: Recipient) -> Block:
-    """A core block for rows that are all good."""
-    key = route.key
-    return Block(
-        key, index, 0, block.rows, (block.vectors,), key.row_bytes, terms.arrived_at, terms.deadline, recipient
-    )
-
-
 def to_blocks(
     route: Route, index: int, vectors: bytes, runs: Sequence[Run], terms: Terms, recipient: Recipient
 ) -> Iterator[Block]:

@@ -330,15 +330,19 @@ class _StreamReply:
         self._rows = convert.check_call(raw, around.settings.limits)
         asked_s = message.timeout_s if message.HasField("timeout_s") else None
         terms = convert.Terms(now, convert.timeout_s(asked_s, None, around.settings))
+        deadline = terms.deadline
         call = self._call = around.plane.open(self, self._rows, terms.timeout_s)
         blocks: list[Block] = []
         for index, block in enumerate(raw.blocks):
+            agent_type, model_name, rows, dim, vectors = block
             self._routes.append(None)
             try:
-                route = self._routes[index] = around.routes.find(block.agent_type, block.model_name, block.dim)
-                convert.check_size(block.vectors, block.rows, block.dim)
+                route = self._routes[index] = around.routes.find(agent_type, model_name, dim)
+                key = route.key
+                if len(vectors) != rows * key.row_bytes:
+                    convert.check_size(vectors, rows, dim)
                 if are_finite:
-                    blocks.append(convert.to_block(route, index, block, terms, call))
+                    blocks.append(Block(key, index, 0, rows, (vectors,), key.row_bytes, now, deadline, call))
                 else:
                     blocks += self._good_blocks(call, route, index, block, terms)
             except RouterError as error:
