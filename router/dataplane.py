@@ -17,8 +17,9 @@ from typing import Protocol
 from router.batcher import Batcher
 from router.config import Settings
 from router.core.policy import choose_policy
-from router.core.queue import Budget, KeyQueue
+from router.core.queue import Budget
 from router.core.types import BatchAnswer, BatchKey, Block, Part
+from router.core.variable_queue import make_queue
 from router.dispatch.pool import ReplicaPool
 from router.errors import DeadlineExceeded, InternalError, NotFound, ResourceExhausted, RouterError, Unavailable
 from router.metrics import Metrics
@@ -207,10 +208,15 @@ class DataPlane:
         if model is None:
             raise NotFound(f"no model {key.model_name!r} for agent type {key.agent_type!r}")
         backend = self._settings.backends[model.backend]
-        max_batch_rows = max(1, min(model.max_batch_size, model.max_batch_bytes // key.row_bytes))
         batcher = self._batchers[key] = Batcher(
             key,
-            queue=KeyQueue(max_batch_rows=max_batch_rows, max_rows=limits.max_queued_rows, budget=self._budget),
+            queue=make_queue(
+                key,
+                max_batch_rows=model.max_batch_size,
+                max_batch_bytes=model.max_batch_bytes,
+                max_rows=limits.max_queued_rows,
+                budget=self._budget,
+            ),
             policy=choose_policy(backend.max_in_flight, model.max_queue_delay_s),
             pool=self._pools[model.backend],
             backend=model.backend,

@@ -1,11 +1,17 @@
 """Small makers of core objects for tests, with defaults that do not matter to the test at hand."""
 
+import struct
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from router.core.batch import merge
+from router.core.elements import scan
 from router.core.types import Batch, BatchAnswer, BatchKey, Block, Part, Tensor, TensorSpec
+from router.core.variable import VariableBlock
 from router.errors import RouterError
+
+TEXT_KEY = BatchKey("sentiment", "", "", (TensorSpec("text", "BYTES", ()),))
 
 
 @dataclass(eq=False)
@@ -45,6 +51,35 @@ def make_block(
     (dim,) = key.inputs[0].row_shape
     rows = np.repeat(np.array(values, "<f4")[:, None], dim, axis=1).tobytes()
     return Block(key, 0, 0, len(values), (rows,), 4 * dim, at, deadline, recipient or Listener())
+
+
+def make_texts(
+    *texts: str, at: float = 0.0, deadline: float = 60.0, recipient: Listener | None = None
+) -> VariableBlock:
+    """A block of one text a row."""
+    raw = encode_texts(*texts)
+    offsets = (scan(raw, len(texts), 1),)
+    return VariableBlock(TEXT_KEY, 0, 0, len(texts), (raw,), 0, at, deadline, recipient or Listener(), offsets)
+
+
+def encode_texts(*texts: str) -> bytes:
+    """The raw contents of a BYTES tensor."""
+    return b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in texts)
+
+
+def decode_texts(raw: bytes) -> list[str]:
+    """The texts in the raw contents of a BYTES tensor."""
+    texts = []
+    while raw:
+        end = 4 + int.from_bytes(raw[:4], "little")
+        texts.append(raw[4:end].decode())
+        raw = raw[end:]
+    return texts
+
+
+def texts_of(parts: tuple[Part, ...]) -> list[str]:
+    """The texts of some parts, by the way they go to a backend."""
+    return decode_texts(merge(make_batch(*parts))[0]) if parts else []
 
 
 def make_batch(*parts: Part, batch_id: str = "b-1") -> Batch:

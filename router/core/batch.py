@@ -1,14 +1,15 @@
 """Partition, merge, split: from rows of a request to blocks, from blocks to a matrix, from outputs to blocks.
 
-Everything is bytes: merge is a join, split is a slice. An answer is checked as a whole before any row of it is handed
-out, so a backend that answers a row too few can never shift the others.
+Everything is bytes: merge is a join, split is a slice (of BYTES after one scan of the whole answer). An answer is
+checked as a whole before any row of it is handed out, so a backend that answers a row too few can never shift the
+others.
 """
 
 import math
 from collections.abc import Hashable, Iterable, Iterator
 from typing import TypeVar
 
-from router.core.types import ITEM_SIZE, Batch, Outputs, Part, Tensor
+from router.core.types import BYTES, ITEM_SIZE, Batch, Outputs, Part, Tensor
 from router.errors import Malformed
 
 K = TypeVar("K", bound=Hashable)
@@ -35,11 +36,9 @@ def _merge_input(parts: tuple[Part, ...], number: int) -> bytes:
 
 
 def _rows_of(part: Part, number: int) -> bytes | memoryview:
-    data = part.block.inputs[number]
     if part.rows == part.block.rows:
-        return data
-    width = len(data) // part.block.rows
-    return memoryview(data)[part.first * width : (part.first + part.rows) * width]
+        return part.block.inputs[number]
+    return part.block.slice(number, part.first, part.rows)
 
 
 def split(batch: Batch) -> Iterator[tuple[Part, int]]:
@@ -51,7 +50,7 @@ def split(batch: Batch) -> Iterator[tuple[Part, int]]:
 
 
 def check(outputs: Outputs, rows: int) -> None:
-    """Refuse outputs that do not hold exactly `rows` rows each.
+    """Refuse outputs that do not hold exactly `rows` rows each; BYTES are scanned here, and then never again.
 
     Raises:
         Malformed: no output, a leading dimension other than `rows`, or bytes that do not fit shape and datatype.
@@ -65,21 +64,25 @@ def check(outputs: Outputs, rows: int) -> None:
 def _check_tensor(tensor: Tensor, rows: int) -> None:
     if not tensor.shape or tensor.shape[0] != rows:
         raise Malformed(f"output {tensor.name!r} has shape {list(tensor.shape)} for a batch of {rows} rows")
-    if tensor.datatype == "BYTES":
+    if (tensor.datatype != BYTES and tensor.datatype not in ITEM_SIZE) or min(tensor.shape) < 0:
+        raise Malformed(f"output {tensor.name!r} has datatype {tensor.datatype!r}, shape {list(tensor.shape)}")
+    if tensor.datatype == BYTES:
         _check_elements(tensor)
         return
-    if tensor.datatype not in ITEM_SIZE or min(tensor.shape) < 0:
-        raise Malformed(f"output {tensor.name!r} has datatype {tensor.datatype!r}, shape {list(tensor.shape)}")
     if len(tensor.data) != math.prod(tensor.shape) * ITEM_SIZE[tensor.datatype]:
         expected = f"{tensor.datatype}{list(tensor.shape)}"
         raise Malformed(f"output {tensor.name!r} has {len(tensor.data)} bytes, which is not {expected}")
 
 
 def _check_elements(tensor: Tensor) -> None:
-    """A BYTES tensor is a sequence of 4-byte little-endian lengths, each followed by that many bytes."""
-    position = elements = 0
-    while position < len(tensor.data):
-        position += 4 + int.from_bytes(tensor.data[position : position + 4], "little")
-        elements += 1
-    if position != len(tensor.data) or elements != math.prod(tensor.shape):
-        raise Malformed(f"output {tensor.name!r} does not hold the BYTES elements of shape {list(tensor.shape)}")
+    try:
+        tensor.scanned()
+    except ValueError as error:
+        shape = list(tensor.shape)
+        raise Malformed(f"output {tensor.name!r} does not hold the BYTES elements of shape {shape}: {error}") from error
+
+
+def rows_of(tensor: Tensor, first: int, rows: int) -> Tensor:
+    """Rows first .. first + rows - 1 of a checked output, whatever its datatype."""
+    cut = tensor.variable_rows if tensor.datatype == BYTES else tensor.rows
+    return Tensor(tensor.name, tensor.datatype, (rows, *tensor.shape[1:]), cut(first, rows))

@@ -103,7 +103,7 @@ class KeyQueue:
             rest = self._waiting.get(part.block)
             if rest is None:  # nothing of it waits: what was sent is not here as a whole any more
                 self._waiting[part.block] = rest = []
-                heapq.heappush(self._deadlines, (part.block.deadline, next(self._ties), weakref.ref(part.block)))
+                self._watch(part.block)
             rest.append(part)
             rest.sort(key=lambda one: one.first)
             self._waiting.move_to_end(part.block, last=False)
@@ -166,6 +166,9 @@ class KeyQueue:
         while self._deadlines and self._deadlines[0][2]() not in self._waiting:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else math.inf
+
+    def _watch(self, block: Block) -> None:
+        heapq.heappush(self._deadlines, (block.deadline, next(self._ties), weakref.ref(block)))
 
     def _drop_stale(self) -> None:
         """Keep the heap in proportion to what waits."""

@@ -13,11 +13,14 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from router.core.elements import Offsets, scan
 from router.errors import RouterError
 
 ParameterValue = bool | int | float | str
 
-# Bytes per element, by OIP datatype. BYTES is missing: its elements carry their own length.
+# Elements of this datatype carry their own length; rows of it have no common width.
+BYTES = "BYTES"
+# Bytes per element of every other OIP datatype.
 ITEM_SIZE = {
     "BOOL": 1,
     "UINT8": 1,
@@ -44,9 +47,19 @@ class TensorSpec:
     row_shape: tuple[int, ...]
 
     @property
+    def is_variable(self) -> bool:
+        """Whether rows differ in width."""
+        return self.datatype == BYTES
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of one row."""
+        return math.prod(self.row_shape)
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return math.prod(self.row_shape) * ITEM_SIZE[self.datatype]
+        """Bytes of one row; 0 where rows differ in width."""
+        return 0 if self.is_variable else self.row_elements * ITEM_SIZE[self.datatype]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,8 +75,9 @@ class BatchKey:
     agent_type: str
     inputs: tuple[TensorSpec, ...]
     parameters: tuple[tuple[str, ParameterValue], ...] = ()
-    # Bytes of one row over all inputs.
+    # Bytes of one row over all inputs of a fixed width; whether there are others.
     row_bytes: int = field(init=False, repr=False)
+    is_variable: bool = field(init=False, repr=False)
     _identity: tuple[Hashable, ...] = field(init=False, repr=False)
     _hash: int = field(init=False, repr=False)
 
@@ -72,6 +86,7 @@ class BatchKey:
         typed = tuple((name, type(value).__name__, value) for name, value in self.parameters)
         identity = (self.model_name, self.model_version, self.agent_type, self.inputs, typed)
         object.__setattr__(self, "row_bytes", sum(spec.row_bytes for spec in self.inputs))
+        object.__setattr__(self, "is_variable", any(spec.is_variable for spec in self.inputs))
         object.__setattr__(self, "_identity", identity)
         object.__setattr__(self, "_hash", hash(identity))
 
@@ -109,7 +124,7 @@ class Block:
     """Consecutive rows of one call for one key; the unit that is queued.
 
     `inputs`: raw bytes per tensor of the key, row-major, `rows` rows each. `deadline` and `arrived_at`: monotonic
-    seconds.
+    seconds. Rows that differ in width are in `variable.VariableBlock`.
     """
 
     key: BatchKey
@@ -125,6 +140,12 @@ class Block:
     def whole(self) -> "Part":
         """All rows of the block, never tried yet."""
         return Part(self, 0, self.rows, 0)
+
+    def slice(self, number: int, first: int, rows: int) -> memoryview:
+        """The bytes of `rows` rows from row `first` in input number `number`."""
+        data = self.inputs[number]
+        width = len(data) // self.rows
+        return memoryview(data)[first * width : (first + rows) * width]
 
 
 @dataclass(slots=True, eq=False)
@@ -170,11 +191,26 @@ class Tensor:
     datatype: str
     shape: tuple[int, ...]
     data: bytes
+    # Of BYTES, once it was scanned: an answer is split among many callers.
+    _offsets: "Offsets | None" = field(default=None, init=False, repr=False, compare=False)
 
     def rows(self, first: int, rows: int) -> bytes:
         """The bytes of `rows` rows from row `first`; not for BYTES, whose rows have no common width."""
         width = len(self.data) // self.shape[0]
         return self.data[first * width : (first + rows) * width]
+
+    def variable_rows(self, first: int, rows: int) -> bytes:
+        """The same for BYTES."""
+        offsets = self.scanned()
+        return self.data[offsets[first] : offsets[first + rows]]
+
+    def scanned(self) -> Offsets:
+        """Where the rows of a BYTES tensor begin; found once. Raises ValueError when they are not what `shape` says."""
+        offsets = self._offsets
+        if offsets is None:
+            offsets = scan(self.data, self.shape[0], math.prod(self.shape[1:]))
+            object.__setattr__(self, "_offsets", offsets)
+        return offsets
 
 
 Outputs = tuple[Tensor, ...]

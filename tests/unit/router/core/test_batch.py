@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.batch import check, merge, partition, split
+from router.core.batch import check, merge, partition, rows_of, split
 from router.core.types import BatchKey, Tensor, TensorSpec
 from router.errors import Malformed
-from tests.builders import make_batch, make_block, make_key
+from tests.builders import decode_texts, encode_texts, make_batch, make_block, make_key
 
 
 def test_rows_are_grouped_by_key_in_the_order_in_which_they_came() -> None:
@@ -65,6 +65,9 @@ def test_answers_that_hold_every_row_pass(tensor: Tensor) -> None:
         ((Tensor("o", "FLOAT", (3,), bytes(12)),), "datatype 'FLOAT'"),
         ((Tensor("o", "BYTES", (3,), struct.pack("<II", 0, 0)),), "does not hold the BYTES elements"),
         ((Tensor("o", "BYTES", (3,), struct.pack("<III", 0, 0, 9)),), "does not hold the BYTES elements"),
+        ((Tensor("o", "BYTES", (3,), struct.pack("<IIII", 0, 0, 0, 0)),), "4 bytes follow the last of 3 elements"),
+        ((Tensor("o", "BYTES", (3, -1), b""),), "datatype 'BYTES', shape [3, -1]"),
+        ((Tensor("o", "BYTES", (3, 2**40), b""),), "0 bytes are too few"),
         ((Tensor("o", "FP32", (3,), bytes(12)), Tensor("p", "FP32", (1,), bytes(4))), "'p' has shape [1]"),
     ],
 )
@@ -77,6 +80,20 @@ def test_answers_that_do_not_fit_are_malformed(outputs: tuple[Tensor, ...], mess
 def test_rows_of_an_output_are_a_slice() -> None:
     tensor = Tensor("output", "FP32", (3, 2), np.arange(6, dtype="<f4").tobytes())
     assert np.frombuffer(tensor.rows(1, 2), "<f4").tolist() == [2, 3, 4, 5]
+
+
+def test_rows_of_texts_are_a_slice_of_one_scan() -> None:
+    tensor = Tensor("label", "BYTES", (3, 2), encode_texts("a", "", "bb", "ü", "c", "dd"))
+    assert tensor.scanned() is tensor.scanned()
+    rows = rows_of(tensor, 1, 2)
+    assert (rows.name, rows.datatype, rows.shape) == ("label", "BYTES", (2, 2))
+    assert decode_texts(rows.data) == ["bb", "ü", "c", "dd"]
+    assert decode_texts(rows_of(tensor, 0, 1).data) == ["a", ""]
+
+
+def test_rows_of_numbers_keep_their_shape() -> None:
+    tensor = Tensor("output", "INT16", (3, 2), np.arange(6, dtype="<i2").tobytes())
+    assert rows_of(tensor, 2, 1) == Tensor("output", "INT16", (1, 2), np.array([4, 5], "<i2").tobytes())
 
 
 def spec(dim: int) -> tuple[TensorSpec, ...]:
