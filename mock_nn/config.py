@@ -3,14 +3,15 @@
 It knows texts and values only: how a latency is drawn, when a fault strikes and what an answer looks like stand in
 `latency.py`, `faults.py` and `models.py`.
 
-A latency is `SECONDS` (always that long) or `LOW-HIGH` (uniform), with `NAME=` in front for one model.
+A latency is `SECONDS` (always that long) or `LOW-HIGH` (uniform), with `NAME=` in front for one model. The text model
+has one of its own unless the command line names one, for it or for all models.
 
 A fault is `KIND[:option,…]`: at most one trigger, `code=` and `model=`.
 
     rate=R    each batch with probability R, 0 < R <= 1 (no trigger at all: every batch)
     every=N   batches N, 2N, 3N, …
     first=N   the first N batches
-    value=V   a batch with a row whose first number is V
+    value=V   a batch with a row whose first number is V (a text that is the number V)
     code=C    error and poison only: a gRPC status, which ends a stream (without it the stream gets an error message)
     model=M   batches of other models neither count nor suffer
 """
@@ -39,12 +40,12 @@ class FaultKind(StrEnum):
     DROP = "drop"  # ends the stream with OK and without an answer; unary: UNAVAILABLE
     CRASH = "crash"  # the process is gone, as after kill -9
     SHORT = "short"  # the last row is missing
-    NAN = "nan"  # the first row's answer is NaN
+    NAN = "nan"  # the first row's answer is NaN, of a text its confidence
     DUPLICATE = "duplicate"  # the answer comes twice
     OUT_OF_ORDER = "out_of_order"  # the stream's previous message (its first: foreign_id) comes in front of this one
     FOREIGN_ID = "foreign_id"  # the answer bears an id that nobody sent
     WRONG_SHAPE = "wrong_shape"  # the shape claims one row more than the bytes hold
-    WRONG_DATATYPE = "wrong_datatype"  # FP32 bytes declared as FP64
+    WRONG_DATATYPE = "wrong_datatype"  # FP32 bytes (and texts) declared as FP64
     MISSING_OUTPUT = "missing_output"  # an answer without outputs
 
 
@@ -78,6 +79,10 @@ STATUS_CODES = (
 )
 
 
+# The one model that takes texts (`sentiment.py`); every other name is a model of vectors.
+SENTIMENT_MODEL = "sentiment"
+
+
 @dataclass(frozen=True, slots=True)
 class LatencyRange:
     """Seconds per batch, uniform between both ends; equal ends are a fixed latency."""
@@ -97,13 +102,16 @@ class Fault:
     model_name: str = ""
 
 
+_MODEL_LATENCIES = {SENTIMENT_MODEL: LatencyRange(5.0, 5.0)}
+
+
 @dataclass(frozen=True, slots=True)
 class MockConfig:
     """Everything the mock can be told; the defaults are those of the command line. 0 is "no limit" for counts."""
 
     listen: str = "127.0.0.1:50061"
     latency: LatencyRange = LatencyRange(3.0, 7.0)
-    model_latencies: Mapping[str, LatencyRange] = field(default_factory=dict)
+    model_latencies: Mapping[str, LatencyRange] = field(default_factory=lambda: dict(_MODEL_LATENCIES))
     seed: int = 0
     models: frozenset[str] = frozenset()  # empty: every name is a model
     max_batch_size: int = 0  # rows
@@ -156,6 +164,8 @@ def parse_config(arguments: Sequence[str]) -> MockConfig:
     """Read command-line flags; leaves the process with exit code 2 and a message when they make no sense."""
     flags = _parser().parse_args(arguments)
     latencies: dict[str, LatencyRange] = dict(flags.latency)
+    if "" not in latencies:  # what is said of all models goes for the text model, too
+        latencies = _MODEL_LATENCIES | latencies
     return MockConfig(
         listen=flags.listen,
         latency=latencies.pop("", MockConfig().latency),
@@ -302,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="[NAME=]SECONDS|LOW-HIGH",
-        help="time per batch, for all models or for one (repeatable; default 3-7, uniform)",
+        help="time per batch, for all models or for one (repeatable; default 3-7, uniform, and sentiment=5)",
     )
     add("--seed", type=int, default=default.seed, help="of latencies and faults (default 0)")
     add("--models", type=_flag(_model_names), default=default.models, metavar="A,B", help="only these exist")

@@ -69,19 +69,33 @@ def disturb(kind: FaultKind, answer: Message, previous: Message | None) -> list[
 
 
 def _short(answer: Message, _previous: Message | None) -> list[Message]:
-    bad, output = _copy(answer)
-    raw = answer.infer_response.raw_output_contents[0]
-    row_bytes = len(raw) // output.shape[0]
-    output.shape[0] -= 1
-    bad.infer_response.raw_output_contents[0] = raw[:-row_bytes]
+    bad, _ = _copy(answer)
+    response = bad.infer_response
+    for number, output in enumerate(response.outputs):
+        raw = response.raw_output_contents[number]
+        last = _last_element(raw) if output.datatype == "BYTES" else len(raw) - len(raw) // output.shape[0]
+        output.shape[0] -= 1
+        response.raw_output_contents[number] = raw[:last]
     return [bad]
 
 
+def _last_element(raw: bytes) -> int:
+    """Where the last of some length-prefixed elements begins."""
+    begin = position = 0
+    while position < len(raw):
+        begin = position
+        position += 4 + int.from_bytes(raw[position : position + 4], "little")
+    return begin
+
+
 def _nan(answer: Message, _previous: Message | None) -> list[Message]:
-    bad, output = _copy(answer)
-    values = np.frombuffer(answer.infer_response.raw_output_contents[0], dtype="<f4").copy()
-    values.reshape(tuple(output.shape))[0] = np.nan
-    bad.infer_response.raw_output_contents[0] = values.tobytes()
+    bad, _ = _copy(answer)
+    response = bad.infer_response
+    for number, output in enumerate(response.outputs):
+        if output.datatype == "FP32":
+            values = np.frombuffer(response.raw_output_contents[number], dtype="<f4").copy()
+            values.reshape(tuple(output.shape))[0] = np.nan
+            response.raw_output_contents[number] = values.tobytes()
     return [bad]
 
 
@@ -107,8 +121,9 @@ def _wrong_shape(answer: Message, _previous: Message | None) -> list[Message]:
 
 
 def _wrong_datatype(answer: Message, _previous: Message | None) -> list[Message]:
-    bad, output = _copy(answer)
-    output.datatype = "FP64"
+    bad, _ = _copy(answer)
+    for output in bad.infer_response.outputs:
+        output.datatype = "FP64"
     return [bad]
 
 

@@ -1,7 +1,8 @@
 """Runs batches: queue for an instance, take the time, answer or misbehave, keep a record.
 
 It must not know gRPC: a failure is the name of a status and a text, which `server.py` puts on the wire. How an answer
-is computed, when a fault strikes and how latencies are distributed is asked of `models.py`, `faults.py`, `latency.py`.
+is computed, when a fault strikes and how latencies are distributed is asked of `models.py`, `sentiment.py`,
+`faults.py`, `latency.py`.
 """
 
 import asyncio
@@ -15,8 +16,8 @@ from random import Random
 from typing import NoReturn, TypeAlias
 from weakref import WeakValueDictionary
 
-from mock_nn import models
-from mock_nn.config import Fault, FaultKind, MockConfig
+from mock_nn import models, sentiment
+from mock_nn.config import SENTIMENT_MODEL, Fault, FaultKind, MockConfig
 from mock_nn.faults import FaultPlan, Message, disturb
 from mock_nn.latency import Latencies
 from protos.open_inference import open_inference_pb2 as pb
@@ -41,11 +42,20 @@ class Batch:
     model: str
     agent_type: str
     rows: int
-    dim: int
+    dim: int  # numbers of a row; a text is one
     batch_id: str
     started_s: float  # time.monotonic(), when an instance took it
     seconds: float  # from there to its answer
     fault: str  # the kind of fault that struck, or ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A request as read: its rows' numbers as (rows, dim) float32, and what computes its answer."""
+
+    matrix: models.FloatArray
+    agent_type: str
+    compute: Callable[[], Awaitable[Message]]
 
 
 class BatchError(Exception):
@@ -92,18 +102,17 @@ class Runner:
         `previous` is the stream's last message. Raises BatchError and DroppedError. Cancelled, it frees its instance
         and is recorded as far as it came; a batch that is cancelled in the line for an instance leaves no record.
         """
-        matrix, agent_type = self._read(request)
+        task = self._read(request)
         self._note_arrival()
-        fault = self._faults.strike(request.model_name, matrix)
+        fault = self._faults.strike(request.model_name, task.matrix)
         async with self._instances.of(request.model_name):
             started_s = time.monotonic()
             try:
                 await self._take_time(request.model_name)
-                values = models.expected(request.model_name, agent_type, matrix, self._config.output_width)
-                answer = models.answer(request, values)
+                answer = await task.compute()
                 return [answer] if fault is None else await self._misbehave(fault, answer, previous)
             finally:
-                self._note_end(request, agent_type, matrix, started_s, fault)
+                self._note_end(request, task, started_s, fault)
 
     async def wait_for_arrivals(self, count: int) -> None:
         """Return once `count` valid batches have arrived since the start."""
@@ -112,18 +121,44 @@ class Runner:
             self._arrival_waiters.append((count, arrived))
             await arrived
 
-    def _read(self, request: pb.ModelInferRequest) -> tuple[models.FloatArray, str]:
-        """The matrix and the agent type. Raises BatchError for a request that cannot be run."""
+    def metadata(self, model_name: str) -> pb.ModelMetadataResponse:
+        """What a model takes and gives. Raises BatchError for a model that does not exist."""
+        self.check_model(model_name)
+        if model_name == SENTIMENT_MODEL:
+            return sentiment.metadata(model_name)
+        return models.metadata(model_name, self._config.output_width)
+
+    def _read(self, request: pb.ModelInferRequest) -> _Task:
+        """Raises BatchError for a request that cannot be run."""
         self.check_model(request.model_name)
         try:
-            matrix, agent_type = models.read_matrix(request), models.read_agent_type(request)
+            read = self._read_texts if request.model_name == SENTIMENT_MODEL else self._read_vectors
+            task = read(request, models.read_agent_type(request))
         except models.BadInputError as error:
             raise BatchError("INVALID_ARGUMENT", str(error)) from error
         limit = self._config.max_batch_size
-        if limit and len(matrix) > limit:
-            text = f"inference request batch-size must be <= {limit} for '{request.model_name}', got {len(matrix)}"
+        if limit and len(task.matrix) > limit:
+            text = f"inference request batch-size must be <= {limit} for '{request.model_name}', got {len(task.matrix)}"
             raise BatchError("INVALID_ARGUMENT", text)
-        return matrix, agent_type
+        return task
+
+    def _read_vectors(self, request: pb.ModelInferRequest, agent_type: str) -> _Task:
+        matrix = models.read_matrix(request)
+
+        async def compute() -> Message:
+            values = models.expected(request.model_name, agent_type, matrix, self._config.output_width)
+            return models.answer(request, values)
+
+        return _Task(matrix, agent_type, compute)
+
+    def _read_texts(self, request: pb.ModelInferRequest, agent_type: str) -> _Task:
+        texts = sentiment.read_texts(request)
+
+        async def compute() -> Message:
+            """In a thread: one long text would hold everybody's batches up for as long as it takes."""
+            return await asyncio.to_thread(sentiment.answer, request, texts)
+
+        return _Task(sentiment.first_numbers(texts), agent_type, compute)
 
     async def _take_time(self, model_name: str) -> None:
         seconds = self._latencies.draw_s(model_name)
@@ -157,15 +192,14 @@ class Runner:
     def _note_end(
         self,
         request: pb.ModelInferRequest,
-        agent_type: str,
-        matrix: models.FloatArray,
+        task: _Task,
         started_s: float,
         fault: Fault | None,
     ) -> None:
-        rows, dim = matrix.shape
+        rows, dim = task.matrix.shape
         seconds = time.monotonic() - started_s
         kind = fault.kind.value if fault else ""
-        batch = Batch(request.model_name, agent_type, rows, dim, request.id, started_s, seconds, kind)
+        batch = Batch(request.model_name, task.agent_type, rows, dim, request.id, started_s, seconds, kind)
         self.record.append(batch)
         if not self._config.is_quiet and log.isEnabledFor(logging.INFO):
             _log_batch(batch)

@@ -19,7 +19,6 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from mock_nn import models
 from mock_nn.config import MockConfig, split_address
 from mock_nn.faults import Message
 from mock_nn.runner import Batch, BatchError, Crash, DroppedError, Runner, Sleep
@@ -224,10 +223,9 @@ class _Servicer(pb_grpc.GRPCInferenceServiceServicer):
         self, request: pb.ModelMetadataRequest, context: _MetadataContext
     ) -> pb.ModelMetadataResponse:
         try:
-            self._runner.check_model(request.name)
+            return self._runner.metadata(request.name)
         except BatchError as error:
             await context.abort(grpc.StatusCode[error.code], str(error))
-        return models.metadata(request.name, self._config.output_width)
 
 
 async def _add_side_services(server: grpc.aio.Server, health_servicer: health.aio.HealthServicer) -> None:

@@ -40,7 +40,14 @@ def mock_config(
     *faults: Fault, latency_s: float = 0.0, listen: str = "127.0.0.1:0", output_width: int = 0
 ) -> MockConfig:
     latency = LatencyRange(latency_s, latency_s)
-    return MockConfig(listen=listen, latency=latency, faults=faults, is_quiet=True, output_width=output_width)
+    return MockConfig(
+        listen=listen,
+        latency=latency,
+        model_latencies={},  # the text model is as fast as the others
+        faults=faults,
+        is_quiet=True,
+        output_width=output_width,
+    )
 
 
 def router_settings(

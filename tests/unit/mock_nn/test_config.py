@@ -130,3 +130,18 @@ def test_help_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_address_is_taken_apart() -> None:
     assert split_address("127.0.0.1:50061") == ("127.0.0.1", 50061)
     assert split_address("[::1]:0") == ("[::1]", 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "seconds"),
+    [
+        ("", 5.0),
+        ("--latency churn=1", 5.0),
+        ("--latency 0.05", 0.05),
+        ("--latency sentiment=2", 2.0),
+        ("--latency 0.05 --latency sentiment=2", 2.0),
+    ],
+)
+def test_the_text_model_takes_five_seconds_unless_somebody_says_otherwise(flags: str, seconds: float) -> None:
+    latency = parse_config(flags.split()).latency_of("sentiment")
+    assert (latency.low_s, latency.high_s) == (seconds, seconds)

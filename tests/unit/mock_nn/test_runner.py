@@ -11,6 +11,10 @@ from mock_nn.config import MockConfig, parse_config
 from mock_nn.models import expected
 from mock_nn.runner import CRASH_EXIT_CODE, BatchError, DroppedError, Runner
 from protos.open_inference import open_inference_pb2 as pb
+from router.core.batch import check
+from router.core.types import Tensor
+from router.errors import Malformed
+from tests.builders import decode_texts, encode_texts
 
 pytestmark = pytest.mark.anyio
 
@@ -59,6 +63,13 @@ def batch_request(batch_id: str, model_name: str = "m", agent_type: str = "") ->
     if agent_type:
         request.parameters["agent_type"].string_param = agent_type
     return request
+
+
+def text_request(*texts: str) -> pb.ModelInferRequest:
+    tensor = pb.ModelInferRequest.InferInputTensor(name="text", datatype="BYTES", shape=[len(texts)])
+    return pb.ModelInferRequest(
+        model_name="sentiment", id="t", inputs=[tensor], raw_input_contents=[encode_texts(*texts)]
+    )
 
 
 async def start(runner: Runner, request: pb.ModelInferRequest) -> asyncio.Task[list[pb.ModelStreamInferResponse]]:
@@ -260,3 +271,68 @@ async def test_the_same_seed_strikes_the_same_batches() -> None:
     first, again, other = [await struck(parse_config([*flags, seed])) for seed in ("1", "1", "2")]
     assert first == again
     assert first != other
+
+
+async def test_texts_are_answered_and_recorded() -> None:
+    runner = runner_with("--latency 0")
+    (message,) = await runner.infer(text_request("good", "bad"))
+    assert decode_texts(message.infer_response.raw_output_contents[0]) == ["positive", "negative"]
+    (batch,) = runner.record
+    assert (batch.model, batch.agent_type, batch.rows, batch.dim) == ("sentiment", "", 2, 1)
+
+
+async def test_the_text_model_takes_five_seconds_and_is_no_model_of_vectors() -> None:
+    gate = Gate()
+    runner = runner_with("", gate)
+    task = await start(runner, text_request("good"))
+    assert [seconds for seconds, _ in gate.sleepers] == [5.0]
+    gate.open_next()
+    await task
+    with pytest.raises(BatchError, match="unexpected inference input 'x' for model 'sentiment'"):
+        await runner.infer(batch_request("b1", "sentiment"))
+
+
+async def test_texts_that_cannot_be_read_are_refused() -> None:
+    request = text_request("good")
+    request.raw_input_contents[0] = b"\xff"
+    with pytest.raises(BatchError) as refused:
+        await runner_with("--latency 0").infer(request)
+    assert (refused.value.code, str(refused.value)) == (
+        "INVALID_ARGUMENT",
+        "input 'text': the length of text 0 is cut off",
+    )
+
+
+async def test_named_models_are_the_only_ones() -> None:
+    with pytest.raises(BatchError, match="unknown model: 'sentiment'"):
+        await runner_with("--latency 0 --models a,b").infer(text_request("good"))
+    await runner_with("--latency 0 --models a,sentiment").infer(text_request("good"))
+
+
+async def test_a_poison_text_is_a_number() -> None:
+    runner = runner_with("--latency 0 --fault poison:model=sentiment")
+    await runner.infer(text_request("six hundred"))
+    await runner.infer(batch_request("b1"))
+    with pytest.raises(BatchError, match="cannot compute one of the rows"):
+        await runner.infer(text_request("fine", "666"))
+
+
+@pytest.mark.parametrize("fault", ["short", "wrong_shape", "wrong_datatype", "missing_output"])
+async def test_a_bad_answer_to_texts_is_recognised_by_the_router(fault: str) -> None:
+    (message,) = await runner_with(f"--latency 0 --fault {fault}").infer(text_request("good", "so so", "bad"))
+    response = message.infer_response
+    outputs = tuple(
+        Tensor(output.name, output.datatype, tuple(output.shape), raw)
+        for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
+    )
+    with pytest.raises(Malformed):
+        check(outputs, 3)
+    if fault == "short":
+        check(outputs, 2)
+
+
+async def test_nan_strikes_the_confidence_of_the_first_text() -> None:
+    (message,) = await runner_with("--latency 0 --fault nan").infer(text_request("good", "bad"))
+    response = message.infer_response
+    assert np.isnan(np.frombuffer(response.raw_output_contents[1], "<f4")).tolist() == [True, False]
+    assert decode_texts(response.raw_output_contents[0]) == ["positive", "negative"]
