@@ -24,6 +24,7 @@ from router.servicers.convert import Routes, VectorOutputs
 from router.servicers.health import Health
 from router.servicers.inference import InferenceServicer
 from router.servicers.stream import Surroundings
+from router.servicers.unary import Rpcs
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class RouterServer:
         self.plane = DataPlane(settings, self._pools, self.metrics)
         access = Access(self.metrics, settings.log_requests)
         around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs())
-        self._servicer = InferenceServicer(around)
+        self._rpcs = Rpcs()
+        self._servicer = InferenceServicer(around, self._rpcs)
         self._health = Health()
         self._server = grpc.aio.server(options=server_options(settings))
         self._close_metrics: Callable[[], None] = lambda: None
@@ -139,7 +141,7 @@ class RouterServer:
             async with asyncio.timeout(self._settings.drain_timeout_s):
                 await self.plane.wait_until_idle()
                 self._servicer.end_streams()
-                await self._servicer.wait_until_answered()
+                await self._rpcs.wait_until_answered()
 
     async def leave(self) -> None:
         """Fail what is still open, flush it, and let go of everything but the gRPC server; the process must end now.
@@ -152,7 +154,7 @@ class RouterServer:
         self._servicer.end_streams()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_GRACE_S):
-                await self._servicer.wait_until_answered()
+                await self._rpcs.wait_until_answered()
         await self._let_go()
         await asyncio.sleep(LINGER_S)
         logger.info("router stopped")

@@ -6,17 +6,14 @@ through a `Reply`.
 
 import asyncio
 import functools
-import itertools
 import logging
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
 import numpy as np
-from google.protobuf.message import DecodeError
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from router.core.types import BatchAnswer, Block, Part
@@ -24,41 +21,27 @@ from router.dataplane import Call
 from router.errors import Cancelled, DeadlineExceeded, InternalError, InvalidArgument, RouterError
 from router.servicers import convert
 from router.servicers.access import OK, PARTIAL
-from router.servicers.status import status_of, status_text, to_proto, trailing_metadata
+from router.servicers.status import status_of, to_proto
 from router.servicers.stream import Context as StreamContext
 from router.servicers.stream import StreamSession, Surroundings
+from router.servicers.unary import Rpcs, Unreadable, abort, reader, request_id
 
 logger = logging.getLogger(__name__)
 
 METHOD = "Predict"
-REQUEST_ID_KEY = "x-request-id"
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceRouterService"].full_name
 
 UnaryContext = grpc.aio.ServicerContext[pb.PredictRequest, pb.PredictResponse]
 
 
-class Unreadable:
-    """Stands for bytes that are no PredictRequest; gRPC would take an error here for the service's own: UNKNOWN."""
-
-
-def _read_request(data: bytes) -> pb.PredictRequest | Unreadable:
-    try:
-        return pb.PredictRequest.FromString(data)
-    except DecodeError:
-        return Unreadable()
-
-
 class InferenceServicer:
     """InferenceRouterService of the router."""
 
-    def __init__(self, around: Surroundings) -> None:
+    def __init__(self, around: Surroundings, rpcs: Rpcs) -> None:
         self._around = around
-        # State: the streams that are open; RPCs of either kind, by number, and what wakes those who wait for their end;
-        # whether streams have been told that the router leaves, or to end.
+        self._rpcs = rpcs
+        # State: the streams that are open; whether streams have been told that the router leaves, or to end.
         self._sessions: set[StreamSession] = set()
-        self._rpcs: set[int] = set()
-        self._rpc_numbers = itertools.count()
-        self._has_ended = asyncio.Event()
         self._is_draining = False
         self._is_ending = False
 
@@ -67,7 +50,7 @@ class InferenceServicer:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Predict": grpc.unary_unary_rpc_method_handler(
                 self.Predict,
-                request_deserializer=_read_request,
+                request_deserializer=reader(pb.PredictRequest),
                 response_serializer=pb.PredictResponse.SerializeToString,
             ),
             "PredictStream": grpc.stream_stream_rpc_method_handler(
@@ -90,27 +73,9 @@ class InferenceServicer:
         for session in self._sessions:
             session.end()
 
-    async def wait_until_answered(self) -> None:
-        """Return when every RPC that is open now has ended: its answers are handed to the kernel, not only computed."""
-        rpcs = self._rpcs.copy()
-        while not rpcs.isdisjoint(self._rpcs):
-            self._has_ended.clear()
-            await self._has_ended.wait()
-
-    def _watch(self, context: "UnaryContext | StreamContext") -> None:
-        """Know of the RPC until it has ended, which is after its handler: gRPC has yet to send what that returned."""
-        number = next(self._rpc_numbers)
-
-        def ended(_: object) -> None:
-            self._rpcs.discard(number)
-            self._has_ended.set()
-
-        self._rpcs.add(number)
-        context.add_done_callback(ended)  # type: ignore[arg-type]  # the stubs want a class that exists in none
-
     async def PredictStream(self, _: object, context: StreamContext) -> None:  # noqa: N802
         """One client's stream; see StreamSession."""
-        self._watch(context)
+        self._rpcs.watch(context)
         session = StreamSession(self._around, context, is_draining=self._is_draining)
         self._sessions.add(session)
         if self._is_ending:
@@ -125,8 +90,8 @@ class InferenceServicer:
     ) -> pb.PredictResponse:
         """Answer when every agent is answered; abort when the request is bad or all agents failed with one code."""
         if isinstance(request, Unreadable):
-            return await _abort(context, to_proto(InvalidArgument("the request cannot be read as a PredictRequest")))
-        self._watch(context)
+            return await abort(context, to_proto(InvalidArgument("the request cannot be read as a PredictRequest")))
+        self._rpcs.watch(context)
         reply = _UnaryReply(request, context, self._around.outputs)
         try:
             await self._infer(request, context.time_remaining(), reply)
@@ -141,7 +106,7 @@ class InferenceServicer:
             return await self._fail(reply, InternalError(), context)
         self._record_answered(reply)
         common = _common_error(response) if reply.errors else None
-        return await _abort(context, common) if common else response
+        return await abort(context, common) if common else response
 
     async def _infer(self, request: pb.PredictRequest, rpc_s: float | None, reply: "_UnaryReply") -> None:
         """Queue the request's rows and wait for all of them. Raises RouterError for a fault of the whole request."""
@@ -169,7 +134,7 @@ class InferenceServicer:
 
     async def _fail(self, reply: "_UnaryReply", error: RouterError, context: UnaryContext) -> pb.PredictResponse:
         self._record(reply, status_of(error).name, error.message)
-        return await _abort(context, to_proto(error))
+        return await abort(context, to_proto(error))
 
     def _record_answered(self, reply: "_UnaryReply") -> None:
         error = reply.first_error
@@ -234,7 +199,7 @@ class _UnaryReply:
     @functools.cached_property
     def request_id(self) -> str:
         """The caller's, else a new one; looked for only when somebody asks, which is not for each call."""
-        return _request_id(self._context)
+        return request_id(self._context)
 
     @property
     def first_error(self) -> RouterError | None:
@@ -294,17 +259,3 @@ def _common_error(response: pb.PredictResponse) -> pb.Error | None:
     if not all(result.HasField("error") for result in results):
         return None
     return results[0].error if len({result.error.code for result in results}) == 1 else None
-
-
-async def _abort(context: UnaryContext, error: pb.Error) -> pb.PredictResponse:
-    pushback = error.retry_pushback_ms if error.HasField("retry_pushback_ms") else None
-    await context.abort(grpc.StatusCode[error.code], status_text(error.message), trailing_metadata(pushback))
-    raise AssertionError("abort() returned: this is a bug")
-
-
-def _request_id(context: UnaryContext) -> str:
-    """The caller's x-request-id, else a new one."""
-    for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID_KEY and isinstance(value, str):
-            return value
-    return uuid.uuid4().hex
