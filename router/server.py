@@ -23,6 +23,7 @@ from router.servicers.access import Access
 from router.servicers.convert import Routes, VectorOutputs
 from router.servicers.health import Health
 from router.servicers.inference import InferenceServicer
+from router.servicers.open_inference import OpenInferenceServicer
 from router.servicers.stream import Surroundings
 from router.servicers.unary import Rpcs
 
@@ -87,6 +88,7 @@ class RouterServer:
         around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs())
         self._rpcs = Rpcs()
         self._servicer = InferenceServicer(around, self._rpcs)
+        self._open_inference = OpenInferenceServicer(around, self._rpcs)
         self._health = Health()
         self._server = grpc.aio.server(options=server_options(settings))
         self._close_metrics: Callable[[], None] = lambda: None
@@ -95,6 +97,7 @@ class RouterServer:
     async def start(self) -> None:
         """Listen and connect. Raises StartError."""
         self._servicer.add_to(self._server)
+        self._open_inference.add_to(self._server)
         self._health.add_to(self._server)
         self._bind()
         self._serve_metrics()

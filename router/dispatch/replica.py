@@ -43,6 +43,7 @@ STREAM_IDLE_S = 60.0
 # Ids of the batches a stream carried last: an answer that repeats one of them is late or double and is passed over.
 REMEMBERED_IDS = 16
 MODEL_TEXT_MAX = 1000
+INT64_MAX = 2**63 - 1
 
 _LOST = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED})
 # Codes that reach the caller as they are; every other refusal is the model's failure.
@@ -270,6 +271,8 @@ def to_request(batch: Batch) -> pb.ModelInferRequest:
 def _set_parameter(parameter: pb.InferParameter, value: ParameterValue) -> None:
     if isinstance(value, bool):
         parameter.bool_param = value
+    elif isinstance(value, int) and value > INT64_MAX:
+        parameter.uint64_param = value
     elif isinstance(value, int):
         parameter.int64_param = value
     elif isinstance(value, float):
