@@ -16,6 +16,8 @@ A draining router still takes calls: its stream is used until it refuses, unless
 are no longer wanted stay until their calls are answered. A stream holds 16,384 open calls; for more, another one is
 opened and kept.
 
+`infer_tensors` goes beside the streams, as an RPC of its own over the connection of one of them: see unary.py.
+
 Nothing here awaits on behalf of a single call except its caller, on one future: no task, no timer of the loop and no
 context manager per call.
 """
@@ -31,8 +33,10 @@ from typing import Any, Self
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from router_client.blocks import Agent, AgentResult, decode, encode, spread
 from router_client.calls import Alarms, Call, Line
-from router_client.errors import ConnectError, ProtocolError, failure, unavailable
+from router_client.errors import RETRY_PUSHBACK_MS, ConnectError, ProtocolError, failure, unavailable
 from router_client.stream import MAX_CALL_BYTES, Link, Stream
+from router_client.tensors import InferError, Tensor, from_response, to_request
+from router_client.unary import UnaryRequest
 
 MIN_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 1.0
@@ -68,6 +72,7 @@ class RouterClient:
         # Calls that no stream has; the others are the streams'. Ids are never used again.
         self._line = Line()
         self._call_ids = itertools.count(1)
+        self._requests: set[UnaryRequest] = set()  # that are under way beside the streams
         # The calls' alarms, and the loop's timer for the first of them:
         self._alarms = Alarms()
         self._timer: asyncio.TimerHandle | None = None
@@ -87,7 +92,10 @@ class RouterClient:
     async def aclose(self) -> None:
         """Fail the open calls with UNAVAILABLE, end streams, tasks and connections. The client cannot be used again."""
         self._is_closed = True
+        self._accepting.set()  # wakes those who wait for a router
         self._accepting.clear()
+        for request in self._requests:
+            request.abandon()
         for place in self._places():
             for call in place.take_back():
                 call.end(unavailable("the client was closed"))
@@ -203,6 +211,74 @@ class RouterClient:
             )
             results |= {name: decode(outcome, why) for name, outcome, why in spread(answers, names)}
         return {name: results[name] for name in agents}
+
+    async def infer_tensors(
+        self,
+        model_name: str,
+        inputs: Sequence[Tensor],
+        *,
+        outputs: Sequence[str] = (),
+        timeout_s: float | None = None,
+        priority_class: pb.PriorityClass.ValueType = pb.PRIORITY_CLASS_UNSPECIFIED,
+        tenant: str = "",
+        request_id: str = "",
+        agent_type: str = "",
+    ) -> list[Tensor]:
+        """Send rows of any tensors to a model, as one `ModelInfer` beside the stream, and return its outputs.
+
+        Args:
+            model_name: the model.
+            inputs: the same number of rows in each, along its first dimension; together less than 16 MiB.
+            outputs: the names of those to return, in this order; all when empty.
+            timeout_s: seconds from now; the router's default when None.
+            priority_class: how urgent the rows are.
+            tenant: on whose account they count; printable ASCII.
+            request_id: for the router's logs.
+            agent_type: rows of different types never share a batch.
+
+        A cancelled caller leaves no request behind: its RPC is cancelled.
+
+        Raises:
+            InferError: there is no answer for all rows. One failed row fails its request.
+        """
+        if timeout_s is not None and isnan(timeout_s):
+            raise InferError("INVALID_ARGUMENT", "timeout_s is not a number")
+        if not (tenant.isascii() and tenant.isprintable()):
+            raise InferError("INVALID_ARGUMENT", "tenant is not printable ASCII")
+        try:
+            message = to_request(model_name, inputs, outputs, priority_class, request_id, agent_type)
+        except ValueError as exc:
+            raise InferError("INVALID_ARGUMENT", str(exc)) from exc
+        deadline = inf if timeout_s is None else _now() + timeout_s
+        request = UnaryRequest(self, message, tenant=tenant, deadline=deadline, router_wait_s=self._router_wait_s)
+        self._requests.add(request)
+        try:
+            return from_response(await request.send())
+        finally:
+            self._requests.discard(request)
+
+    # What a unary request asks of its client (unary.StreamFinder).
+
+    def accepting_stream(self) -> Stream | None:
+        """Return a stream whose router takes calls; see StreamFinder."""
+        if self._is_closed:
+            raise InferError("UNAVAILABLE", "the client was closed", RETRY_PUSHBACK_MS)
+        accepting = [stream for stream in self._streams if stream.is_accepting]
+        return next((stream for stream in accepting if not stream.is_draining), next(iter(accepting), None))
+
+    async def wait_accepting(self) -> None:
+        """Wait until one may take calls; see StreamFinder."""
+        self._connect_if_wanted()
+        if self._accepting.is_set():  # the only one is just ending, and its end will be told
+            await asyncio.sleep(MIN_BACKOFF_S)
+        else:
+            await self._accepting.wait()
+
+    def note_refusal(self, stream: Stream) -> None:
+        """Send no more calls to a draining router; see StreamFinder."""
+        if stream.is_draining and stream.is_accepting:  # else another router of the same target has refused
+            stream.is_refusing = True
+            self._on_change()
 
     # A call's way: sent or in line, then answered or failed. Each step leaves it in exactly one place.
 

@@ -18,12 +18,13 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from math import inf
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from grpc import aio
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from protos.inference_router.v1 import inference_router_pb2_grpc
+from protos.open_inference import open_inference_pb2, open_inference_pb2_grpc
 from router_client.calls import Call
 from router_client.errors import ConnectError
 
@@ -69,6 +70,8 @@ CHANNEL_OPTIONS = [
 
 logger = logging.getLogger(__name__)
 
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+
 
 class StreamOwner(Protocol):
     """Who decides about the calls of a stream. Both methods return at once."""
@@ -81,7 +84,8 @@ class StreamOwner(Protocol):
 
 
 class Link:
-    """A channel, shared by its opener and the streams that were opened on it; the last one to leave closes it.
+    """A channel, shared by its opener, the streams that were opened on it and unary requests; the last one to leave
+    closes it.
 
     Where the target has several addresses, the next stream on the same link meets the next router (round robin). Where
     it has one that stands for several routers, such as a Kubernetes service, only another link does, which connects
@@ -91,6 +95,7 @@ class Link:
     def __init__(self, target: str) -> None:
         self._channel = aio.insecure_channel(target, CHANNEL_OPTIONS)
         self._stub = inference_router_pb2_grpc.InferenceRouterServiceStub(self._channel)
+        self._unary_stub = open_inference_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._users = 1  # the opener
         self._picks = 0  # streams opened so far
         self.is_broken = False
@@ -106,8 +111,16 @@ class Link:
         self._picks += 1
         return self._stub.PredictStream()
 
+    def begin_unary(
+        self, request: open_inference_pb2.ModelInferRequest, timeout_s: float | None, metadata: Metadata
+    ) -> "aio.UnaryUnaryCall[open_inference_pb2.ModelInferRequest, open_inference_pb2.ModelInferResponse]":
+        """Begin a unary request; leave when it has ended."""
+        call = self._unary_stub.ModelInfer(request, timeout=timeout_s, metadata=metadata)
+        self._users += 1
+        return call
+
     async def leave(self) -> None:
-        """Take note that the opener, or a stream, has no more use for it."""
+        """Take note that the opener, a stream or a request has no more use for it."""
         self._users -= 1
         if not self._users:
             await self._channel.close()
@@ -246,7 +259,7 @@ class Stream:
         except aio.AioRpcError as exc:
             return f"{exc.code().name}: {exc.details()}"
         except asyncio.CancelledError:
-            if _is_cancelled():
+            if is_cancelled():
                 raise
             return "CANCELLED"  # the writer's doing, or retire()'s
         except Exception:  # the task's root: callers are waiting for this stream
@@ -323,7 +336,7 @@ def _stamped(call: Call, now: float) -> pb.Call:
     return message
 
 
-def _is_cancelled() -> bool:
+def is_cancelled() -> bool:
     """True when the running task itself is being cancelled, not only a gRPC call it waits for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

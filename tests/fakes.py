@@ -6,7 +6,7 @@ every call at once.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
@@ -16,9 +16,16 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from protos.inference_router.v1 import inference_router_pb2_grpc
+from protos.open_inference import open_inference_pb2
 
 Script: TypeAlias = Callable[[pb.Call], Iterable[pb.Answer]]
 Context: TypeAlias = "aio.ServicerContext[pb.PredictStreamRequest, pb.PredictStreamResponse]"
+InferContext: TypeAlias = (
+    "aio.ServicerContext[open_inference_pb2.ModelInferRequest, open_inference_pb2.ModelInferResponse]"
+)
+Infer: TypeAlias = Callable[
+    [open_inference_pb2.ModelInferRequest, InferContext], Awaitable[open_inference_pb2.ModelInferResponse]
+]
 
 SERVER_OPTIONS = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 16 * 1024 * 1024)]
 
@@ -123,6 +130,10 @@ class FakeRouter:
         self.accepts.set()
         self.streams: list[FakeStream] = []  # all that were ever accepted
         self.health = health.aio.HealthServicer()
+        # Answers unary requests; `requests` are those that arrived, and what came with them.
+        self.infer: Infer = _echo_tensors
+        self.requests: list[tuple[open_inference_pb2.ModelInferRequest, InferContext]] = []
+        self._requested = asyncio.Condition()
         self._opened: asyncio.Queue[FakeStream] = asyncio.Queue()
         self._server: aio.Server | None = None
         self._port = 0
@@ -145,6 +156,7 @@ class FakeRouter:
         """Listen; again on the same port, if there was one."""
         self._server = aio.server(options=SERVER_OPTIONS)
         inference_router_pb2_grpc.add_InferenceRouterServiceServicer_to_server(_Servicer(self), self._server)
+        self._server.add_generic_rpc_handlers((_infer_handler(self.serve_unary),))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         self._port = self._server.add_insecure_port(self.target)
         await self._server.start()
@@ -165,6 +177,20 @@ class FakeRouter:
         """Wait for a stream not yet seen."""
         return await self._opened.get()
 
+    async def wait_for_requests(self, count: int) -> None:
+        """Wait until so many unary requests have arrived since the beginning."""
+        async with self._requested:
+            await self._requested.wait_for(lambda: len(self.requests) >= count)
+
+    async def serve_unary(
+        self, request: open_inference_pb2.ModelInferRequest, context: "InferContext"
+    ) -> open_inference_pb2.ModelInferResponse:
+        """Serve one unary request as the test has scripted it."""
+        async with self._requested:
+            self.requests.append((request, context))
+            self._requested.notify_all()
+        return await self.infer(request, context)
+
     async def serve(self, context: Context) -> None:
         """Serve one stream as the test has scripted it."""
         await self.accepts.wait()
@@ -175,6 +201,26 @@ class FakeRouter:
         self.streams.append(stream)
         self._opened.put_nowait(stream)
         await stream.serve(lambda: self.script)
+
+
+async def _echo_tensors(
+    request: open_inference_pb2.ModelInferRequest, _: "InferContext"
+) -> open_inference_pb2.ModelInferResponse:
+    """Answer the inputs."""
+    response = open_inference_pb2.ModelInferResponse(raw_output_contents=request.raw_input_contents)
+    for tensor in request.inputs:
+        response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+    return response
+
+
+def _infer_handler(infer: "Infer") -> grpc.GenericRpcHandler:
+    """Serve the one method of the Open Inference Protocol that a client of the router needs."""
+    method = grpc.unary_unary_rpc_method_handler(
+        infer,
+        request_deserializer=open_inference_pb2.ModelInferRequest.FromString,
+        response_serializer=open_inference_pb2.ModelInferResponse.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", {"ModelInfer": method})
 
 
 class _Servicer(inference_router_pb2_grpc.InferenceRouterServiceServicer):
