@@ -10,7 +10,9 @@ import pytest
 
 from router.batcher import Batcher
 from router.config import Settings
+from router.core.batch import merge, rows_of
 from router.core.types import BatchAnswer, BatchKey, Block, Part, Tensor
+from router.core.variable import VariableBlock
 from router.dataplane import Call, DataPlane
 from router.dispatch.pool import ReplicaPool
 from router.errors import (
@@ -29,8 +31,8 @@ from router.errors import (
     Unavailable,
 )
 from router.metrics import Metrics
-from tests.builders import make_block, make_key
-from tests.unit.router.fakes import FakeBackend, RecordingReply
+from tests.builders import decode_texts, encode_texts, make_block, make_key, make_texts
+from tests.unit.router.fakes import FakeBackend, RecordingReply, Sent
 
 pytestmark = pytest.mark.anyio
 
@@ -552,3 +554,100 @@ async def test_an_idle_key_takes_its_slots_with_it() -> None:
         plane.call([1])
         await asyncio.sleep(2)
         assert len(backend.sent) == 2
+
+
+class TextCaller:
+    """A call of one block of texts."""
+
+    def __init__(self, plane: Plane, *texts: str, timeout_s: float = 60.0) -> None:
+        self.reply = TextReply()
+        self.call = plane.plane.open(self.reply, len(texts), timeout_s)
+        now = plane.loop.time()
+        plain = make_texts(*texts)
+        block = VariableBlock(
+            plain.key, 0, 0, plain.rows, plain.inputs, 0, now, now + timeout_s, self.call, plain.offsets
+        )
+        plane.plane.infer(self.call, [block])
+
+
+class TextReply(RecordingReply):
+    """Remembers texts by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: dict[int, str] = {}
+
+    def answered(self, part: Part, answer: BatchAnswer, offset: int, *, is_last: bool) -> None:
+        rows = decode_texts(rows_of(answer.outputs[0], offset, part.rows).data)
+        self.texts |= {part.first + number: text for number, text in enumerate(rows)}
+
+
+def upper(sent: Sent) -> tuple[Tensor, ...]:
+    """A model of texts: its answers are as wide as its rows."""
+    texts = [text.upper() for text in decode_texts(merge(sent.batch)[0])]
+    return (Tensor("out", "BYTES", (len(texts),), encode_texts(*texts)),)
+
+
+async def test_texts_of_many_callers_share_batches_by_rows_and_bytes_and_come_back_in_their_rows() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend, model={"max_batch_bytes": 24}) as plane:
+        callers = [TextCaller(plane, "a", "", "ccc"), TextCaller(plane, "dd", "e" * 20, "f"), TextCaller(plane, "g")]
+        for _ in range(3):
+            await settle()
+            backend.sent[-1].answer(upper(backend.sent[-1]))
+        await settle()
+        assert [decode_texts(merge(sent.batch)[0]) for sent in backend.sent] == [
+            ["a", "", "ccc", "dd"],
+            ["e" * 20],
+            ["f", "g"],
+        ]
+        assert [caller.reply.texts for caller in callers] == [
+            {0: "A", 1: "", 2: "CCC"},
+            {0: "DD", 1: "E" * 20, 2: "F"},
+            {0: "G"},
+        ]
+
+
+async def test_texts_that_are_given_up_free_their_bytes() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend, limits={"max_queued_bytes": 40}) as plane:
+        first = TextCaller(plane, "a")
+        await settle()
+        waiting = TextCaller(plane, "b" * 30)
+        refused = TextCaller(plane, "c" * 30)
+        assert isinstance(refused.reply.failures[0, 0], ResourceExhausted)
+        waiting.call.cancel()
+        late = TextCaller(plane, "d" * 30, timeout_s=1.0)
+        await asyncio.sleep(2)
+        assert isinstance(late.reply.closed_by, DeadlineExceeded)
+        backend.sent[0].answer(upper(backend.sent[0]))
+        await settle()
+        assert first.reply.texts == {0: "A"}
+        assert len(backend.sent) == 1
+
+
+async def test_lost_texts_are_sent_again_whole() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend, model={"max_batch_bytes": 12}) as plane:
+        caller = TextCaller(plane, "aa", "bb", "cc")
+        await settle()
+        backend.sent[0].fail(StreamLost("lost"))
+        for number in (1, 2):
+            await asyncio.sleep(1)
+            backend.sent[number].answer(upper(backend.sent[number]))
+        await settle()
+        assert caller.reply.texts == {0: "AA", 1: "BB", 2: "CC"}
+
+
+async def test_an_answer_that_holds_other_elements_fails_its_rows_and_no_others() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend, model={"max_batch_size": 1}) as plane:
+        bad, good = TextCaller(plane, "a"), TextCaller(plane, "b")
+        await settle()
+        backend.sent[0].answer((Tensor("out", "BYTES", (1,), b"\x09\0\0\0x"),))
+        await settle()
+        backend.sent[1].answer(upper(backend.sent[1]))
+        await settle()
+        assert isinstance(bad.reply.failures[0, 0], ModelFailed)
+        assert "element 0 is cut off" in bad.reply.failures[0, 0].message
+        assert good.reply.texts == {0: "B"}
