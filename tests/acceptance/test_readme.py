@@ -75,6 +75,14 @@ def test_the_python_client_prints_the_same_answer(ports: dict[str, str]) -> None
     assert [round(value, 8) for value in json.loads(printed.stdout)] == [0.14228487]
 
 
+def test_the_python_client_says_of_texts_what_stands_below_it(ports: dict[str, str]) -> None:
+    text = BLOCKS[example("from asyncio")][1].replace("127.0.0.1:50051", ports["127.0.0.1:50051"])
+    printed = subprocess.run(
+        [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+    )
+    assert f"prints `{printed.stdout.strip()}`" in README
+
+
 def test_the_example_script_prints_the_answers(ports: dict[str, str]) -> None:
     told = paste(f".venv/bin/python examples/send_request.py http://{ports['127.0.0.1:8000']}", ports)
     status, _, body = told.partition("\n")
