@@ -155,7 +155,7 @@ class Runner:
         texts = sentiment.read_texts(request)
 
         async def compute() -> Message:
-            """In a thread: one long text would hold everybody's batches up for as long as it takes."""
+            """In a thread: long texts would hold everybody's batches up for as long as they take."""
             return await asyncio.to_thread(sentiment.answer, request, texts)
 
         return _Task(sentiment.first_numbers(texts), agent_type, compute)

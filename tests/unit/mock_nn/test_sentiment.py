@@ -5,6 +5,9 @@ import struct
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from mock_nn.models import BadInputError
 from mock_nn.sentiment import answer, first_numbers, metadata, read_texts, score
@@ -43,6 +46,25 @@ def test_confidence_is_half_of_one_and_the_compounds_size(text: str, label: str,
     told, confidence = score(text)
     assert told == label
     assert confidence == pytest.approx((1 + abs(compound)) / 2)
+
+
+WORDS = ("good", "bad", "not", "never", "so", "this", "but", "kind", "of", "the", "shit", "yeah", "right", "bomb", "x")
+
+
+PLAIN = SentimentIntensityAnalyzer()
+
+
+@settings(deadline=None)  # the first text loads the lexicon
+@given(st.lists(st.sampled_from((*WORDS, "no", "without", "doubt", "LEAST", "❤", "😀", "very!")), max_size=30))
+def test_what_makes_it_fast_changes_no_score(words: list[str]) -> None:
+    text = " ".join(words)
+    compound = PLAIN.polarity_scores(text)["compound"]
+    assert score(text) == ("negative" if compound < 0 else "positive", (1 + abs(compound)) / 2)
+
+
+def test_ten_thousand_emoji_take_no_minute() -> None:
+    """VADER copied all words for each of them: this took 52 s."""
+    assert score("😀" * 10_000)[0] == "positive"
 
 
 def test_both_outputs_come_raw_and_by_default() -> None:
