@@ -30,6 +30,8 @@ METHOD = "ModelInfer"
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 # Trailing metadata of a request that was refused because the router leaves: it was not begun, and may go elsewhere.
 REFUSED_KEY = "inference-router-refused"
+# Of an error in the access log: it may name a name of megabytes, to say that it is too long.
+MAX_DETAIL_CHARACTERS = 1000
 
 Context = grpc.aio.ServicerContext[pb.ModelInferRequest, pb.ModelInferResponse]
 
@@ -61,7 +63,7 @@ class OpenInferenceServicer:
             error = InvalidArgument("the request cannot be read as a ModelInferRequest")
             return await abort(context, to_proto(error))
         self._rpcs.watch(context)
-        reply = _Reply(request, request_id(context, request.id))
+        reply = _Reply(request, request_id(context, request.id[: self._around.settings.limits.max_name_length]))
         try:
             response = await self._infer(request, context.time_remaining(), reply)
         except RouterError as error:
@@ -110,7 +112,12 @@ class OpenInferenceServicer:
 
     def _record(self, reply: "_Reply", code: str, detail: str = "") -> None:
         self._around.access.record(
-            METHOD, code, request_id=reply.request_id, rows=reply.rows, started=reply.started, detail=detail
+            METHOD,
+            code,
+            request_id=reply.request_id,
+            rows=reply.rows,
+            started=reply.started,
+            detail=detail[:MAX_DETAIL_CHARACTERS],
         )
 
 

@@ -463,6 +463,16 @@ async def test_each_request_is_a_line_with_its_id(caplog: pytest.LogCaptureFixtu
     assert told == [("mine", 2, "OK"), ("outer", 2, "OK")]
 
 
+async def test_a_refused_request_of_megabytes_is_a_short_line(caplog: pytest.LogCaptureFixture) -> None:
+    request = raw(b"", datatype="D" * MIB, id="i" * MIB)
+    async with serving_texts(log_requests="errors") as (_, stub):
+        with caplog.at_level(logging.INFO, "router.access"):
+            for message in (request, raw(b"", datatype="D" * MIB)):
+                assert (await fails(stub, message)).code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert [len(record.getMessage()) < 1_100 for record in caplog.records] == [True, True]
+    assert [len(vars(record)["request_id"]) <= 256 for record in caplog.records] == [True, True]
+
+
 async def test_a_bug_of_ours_reaches_the_caller_as_a_fixed_text(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("secret")
