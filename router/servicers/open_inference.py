@@ -104,6 +104,7 @@ class OpenInferenceServicer:
             await reply.is_complete.wait()
         finally:
             call.cancel()
+            reply.call = None  # each knows the other: together they would stay until the garbage is collected
 
     async def _fail(self, reply: "_Reply", error: RouterError, context: Context) -> pb.ModelInferResponse:
         self._record(reply, status_of(error).name, error.message)
