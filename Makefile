@@ -1,6 +1,7 @@
 # The first target that needs .venv makes it; `make help` tells the rest.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 LOCK_ARGS ?=
 BENCH_ARGS ?=
 LOAD_ARGS ?=
@@ -32,8 +33,8 @@ install: $(VENV) ## install the project itself into .venv, editable
 run: $(VENV) ## start mock, router and gateway; Ctrl-C drains and stops them
 	@$(BIN)/python tools/run.py
 
-test: $(VENV) ## run all tests; PYTEST_ARGS="-k batch -x" for some
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV) ## run all tests, two files at a time; PYTEST_ARGS="-k batch -x" for some, TEST_WORKERS=0 for one by one
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 bench: $(VENV) ## measure speed, about six minutes; BENCH_ARGS="--quick" for one
 	@$(BIN)/python -m bench $(BENCH_ARGS)
