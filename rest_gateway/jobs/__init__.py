@@ -1,0 +1,1 @@
+"""Jobs: requests that are kept in a database and answered later."""
