@@ -210,7 +210,7 @@ class JobStore(Protocol):
     async def release(self, jobs: Sequence[tuple[UUID, int]], delay_s: float, reason: str) -> set[UUID]:
         """Puts attempts back to pending, not before `delay_s` have passed; no lost lease. Returns the ids put back.
 
-        Without a delay a job gets its old place back; `reason` is shown as `error` of the waiting job.
+        Without a delay a job gets its old place back; `reason` stands in the error of a job that expires waiting.
         """
 
     async def reap(self) -> Reaped:
