@@ -1,17 +1,20 @@
-"""The gateway's settings, from environment variables that begin with GATEWAY_, and the logging they ask for.
+"""The gateway's settings, from DATABASE_URL and the variables that begin with GATEWAY_, and the logging they ask for.
 
 Knows no web framework. Units stand in the names; a bad value becomes a ConfigError of one line that names the variable.
 """
 
 import logging
+import re
 import textwrap
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "GATEWAY_"
+# Other programs read it too, so it has no prefix.
+DATABASE_URL = "DATABASE_URL"
 
 
 class ConfigError(ValueError):
@@ -42,14 +45,23 @@ def _check_target(target: str) -> str:
     return target
 
 
+def _check_database_url(url: str) -> str:
+    if not re.match(r"(sqlite(\+\w+)?:///.|postgres(ql)?(\+\w+)?://.)", url):
+        raise ValueError("must begin with sqlite:/// (and a path) or postgresql://")
+    return url
+
+
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Span = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # seconds
 Count = Annotated[int, Field(ge=1)]
 
 
 class Settings(BaseSettings):
     """Every setting with its default; the variable of `listen` is GATEWAY_LISTEN. An empty variable counts as unset."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", frozen=True, populate_by_name=True
+    )
 
     listen: Annotated[str, AfterValidator(_check_address)] = Field(
         default="127.0.0.1:8000", description="address to serve on"
@@ -69,6 +81,18 @@ class Settings(BaseSettings):
     max_agents: Count = Field(default=1024, description="agents of a request; past it 422")
     max_vector_length: Count = Field(default=65_536, description="values of a vector; past it 422 for the agent")
     max_name_length: Count = Field(default=256, description="characters of a name, model or agent type")
+    max_text_length: Count = Field(default=10_000, description="characters of a text; past it 422")
+    database_url: Annotated[str, AfterValidator(_check_database_url)] = Field(
+        default="sqlite:///./var/jobs.sqlite3",
+        validation_alias=DATABASE_URL,
+        repr=False,  # it may hold a password
+        description="where jobs are kept: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME",
+    )
+    migrate: bool = Field(default=True, description="bring the database's tables up to date at the start")
+    job_concurrency: Count = Field(default=256, description="jobs that one process runs at a time")
+    job_timeout_s: Span = Field(default=3600.0, description="seconds after which a job that has not ended fails")
+    job_retention_s: Span = Field(default=86_400.0, description="seconds for which a job is kept after its end")
+    job_max_waiting: Count = Field(default=100_000, description="jobs that may wait; past it 429")
     log_format: Literal["text", "json"] = Field(default="text", description="text or json")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="DEBUG, INFO, WARNING or ERROR"
@@ -76,7 +100,19 @@ class Settings(BaseSettings):
     log_requests: Literal["off", "errors", "all"] = Field(
         default="errors", description="off, errors (requests that failed, wholly or in part) or all"
     )
-    trust_tenant: bool = Field(default=False, description="pass the X-Tenant header on to the router")
+    trust_tenant: bool = Field(
+        default=False, description="believe the X-Tenant header: pass it on to the router, keep tenants' jobs apart"
+    )
+
+    @model_validator(mode="after")
+    def _share_only_a_server(self) -> Self:
+        """An SQLite file belongs to one process."""
+        if self.workers > 1 and self.database_url.startswith("sqlite"):
+            raise ValueError(
+                f"{PREFIX}WORKERS={self.workers} needs a database that several processes can share: "
+                f"set {DATABASE_URL}=postgresql://..., or {PREFIX}WORKERS=1"
+            )
+        return self
 
 
 def load_settings() -> Settings:
@@ -89,14 +125,24 @@ def load_settings() -> Settings:
 
 def _fault_line(error: ErrorDetails) -> str:
     """`GATEWAY_MAX_AGENTS='many': Input should be a valid integer, …`."""
-    variable = PREFIX + "_".join(map(str, error["loc"])).upper()
-    return f"{variable}={error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
+    message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:  # what fits not together
+        return message
+    name = "_".join(map(str, error["loc"]))
+    if name == DATABASE_URL:  # its value may hold a password
+        return f"{name}: {message}"
+    return f"{PREFIX}{name.upper()}={error['input']!r}: {message}"
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of a setting."""
+    return DATABASE_URL if name == "database_url" else PREFIX + name.upper()
 
 
 def describe_variables() -> str:
     """The table of `--help`: each variable, its default, its meaning."""
     rows = [
-        f"{PREFIX + name.upper():<26}{field.description} (default {field.default})"
+        f"{variable_of(name):<26}{field.description} (default {field.default})"
         for name, field in Settings.model_fields.items()
     ]
     return textwrap.indent("\n".join(rows), "  ")

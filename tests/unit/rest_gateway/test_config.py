@@ -12,6 +12,7 @@ from rest_gateway.config import (
     load_settings,
     logging_config,
     split_address,
+    variable_of,
 )
 
 
@@ -27,6 +28,13 @@ def test_the_defaults_are_those_of_the_design() -> None:
         "max_agents": 1024,
         "max_vector_length": 65_536,
         "max_name_length": 256,
+        "max_text_length": 10_000,
+        "database_url": "sqlite:///./var/jobs.sqlite3",
+        "migrate": True,
+        "job_concurrency": 256,
+        "job_timeout_s": 3_600.0,
+        "job_retention_s": 86_400.0,
+        "job_max_waiting": 100_000,
         "log_format": "text",
         "log_level": "INFO",
         "log_requests": "errors",
@@ -64,6 +72,12 @@ def test_variables_set_them_and_empty_ones_do_not(monkeypatch: pytest.MonkeyPatc
         ("GATEWAY_LOG_FORMAT", "xml"),
         ("GATEWAY_LOG_REQUESTS", "yes"),
         ("GATEWAY_TRUST_TENANT", "maybe"),
+        ("GATEWAY_MIGRATE", "maybe"),
+        ("GATEWAY_JOB_CONCURRENCY", "0"),
+        ("GATEWAY_JOB_TIMEOUT_S", "0"),
+        ("GATEWAY_JOB_RETENTION_S", "inf"),
+        ("GATEWAY_JOB_MAX_WAITING", "-1"),
+        ("GATEWAY_MAX_TEXT_LENGTH", "0"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_variable(
@@ -83,7 +97,31 @@ def test_every_bad_variable_is_named_at_once(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_help_lists_every_variable() -> None:
     text = describe_variables()
-    assert all(f"GATEWAY_{name.upper()} " in text for name in Settings.model_fields)
+    assert all(f"{variable_of(name)} " in text for name in Settings.model_fields)
+    assert "  DATABASE_URL " in text
+
+
+def test_the_database_is_named_without_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql+asyncpg://me:secret@db/jobs")
+    settings = load_settings()
+    assert settings.database_url == "postgresql+asyncpg://me:secret@db/jobs"
+    assert "secret" not in repr(settings)
+
+
+@pytest.mark.parametrize("url", ["mysql://me:secret@db/jobs", "secret", "sqlite://", "sqlite:///", "postgresql:secret"])
+def test_a_bad_database_is_refused_without_showing_its_password(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("DATABASE_URL", url)
+    with pytest.raises(ConfigError, match="^DATABASE_URL: must begin with sqlite:///") as caught:
+        load_settings()
+    assert "secret" not in str(caught.value)
+
+
+def test_several_processes_on_one_sqlite_file_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_WORKERS", "2")
+    with pytest.raises(ConfigError, match=r"^GATEWAY_WORKERS=2 needs .* DATABASE_URL=postgresql://.*GATEWAY_WORKERS=1$"):
+        load_settings()
+    monkeypatch.setenv("DATABASE_URL", "postgres://db/jobs")
+    assert load_settings().workers == 2
 
 
 def test_addresses_split_into_host_and_port() -> None:
