@@ -1,0 +1,1 @@
+"""Alembic's scripts for the jobs' tables; `rest_gateway.jobs.schema` runs them."""
