@@ -1,0 +1,84 @@
+"""One store suite for both engines: each test gets a database of its own, on SQLite and on PostgreSQL."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from rest_gateway.jobs.records import StoreSettings
+from rest_gateway.jobs.store import SqlJobStore
+from tests.postgres import Postgres
+
+OpenStore: TypeAlias = Callable[..., contextlib.AbstractAsyncContextManager[SqlJobStore]]
+
+_numbers = count(1)
+
+
+@pytest.fixture(scope="package")
+def postgres() -> Iterator[Postgres]:
+    """A cluster for functional tests: not one that keeps its data through a power cut."""
+    cluster = Postgres({"fsync": "off"})
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture(scope="package")
+async def template(anyio_backend: str, postgres: Postgres) -> str:
+    """The name of a database with the tables."""
+    store = SqlJobStore(StoreSettings(url=postgres.create_database("template_jobs")))
+    await store.open()
+    await store.prepare()
+    await store.aclose()
+    return "template_jobs"
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres, template: str) -> Iterator[str]:
+    """A database of the test's own, with tables."""
+    name = f"jobs_{next(_numbers)}"
+    postgres.run_sql(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+    yield postgres.url(name)
+    postgres.run_sql(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """A file in a directory that does not exist yet."""
+    return f"sqlite:///{tmp_path}/var/jobs.sqlite3"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest) -> str:
+    """Each engine in turn."""
+    name = "sqlite_url" if request.param == "sqlite" else "postgres_url"
+    return str(request.getfixturevalue(name))
+
+
+@pytest.fixture
+def open_store(url: str) -> OpenStore:
+    """Opens a store on the test's database: `async with open_store(lease_s=0) as store`."""
+    return lambda **settings: opened(url, **settings)
+
+
+@pytest.fixture
+async def store(url: str) -> AsyncIterator[SqlJobStore]:
+    """A store on the test's database."""
+    async with opened(url) as store:
+        yield store
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str, **settings: Any) -> AsyncIterator[SqlJobStore]:
+    """A store until the end of the block."""
+    store = SqlJobStore(StoreSettings(url=url, **settings))
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.aclose()
