@@ -9,14 +9,15 @@ from rest_gateway.jobs.records import Claimed, Finished, Job, JobError, NewJob
 from rest_gateway.jobs.store import SqlJobStore
 
 
-def text_job(text: str = "fine", **fields: Any) -> NewJob:
+def text_job(text: str = "fine", **fields: Any) -> NewJob:  # noqa: ANN401 - of NewJob
     """A text job; with a key it has the fingerprint of its text."""
     body = f'{{"text":"{text}"}}'.encode()
     fingerprint = hashlib.sha256(body).digest() if fields.get("idempotency_key") else b""
-    return NewJob(**({"kind": "text", "input": body, "timeout_s": 3600.0, "fingerprint": fingerprint} | fields))
+    defaults: dict[str, Any] = {"kind": "text", "input": body, "timeout_s": 3600.0, "fingerprint": fingerprint}
+    return NewJob(**(defaults | fields))
 
 
-async def submit(store: SqlJobStore, text: str = "fine", **fields: Any) -> Job:
+async def submit(store: SqlJobStore, text: str = "fine", **fields: Any) -> Job:  # noqa: ANN401 - of NewJob
     """A pending job."""
     return (await store.submit(text_job(text, **fields), worker=None)).job
 

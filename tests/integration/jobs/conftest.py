@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,8 +12,6 @@ from rest_gateway.jobs.store import SqlJobStore
 from tests.postgres import Postgres
 
 OpenStore: TypeAlias = Callable[..., contextlib.AbstractAsyncContextManager[SqlJobStore]]
-
-_numbers = count(1)
 
 
 @pytest.fixture(scope="package")
@@ -29,22 +26,19 @@ def postgres() -> Iterator[Postgres]:
 
 
 @pytest.fixture(scope="package")
-async def template(anyio_backend: str, postgres: Postgres) -> str:
-    """The name of a database with the tables."""
-    store = SqlJobStore(StoreSettings(url=postgres.create_database("template_jobs")))
-    await store.open()
-    await store.prepare()
-    await store.aclose()
-    return "template_jobs"
+async def migrated_url(anyio_backend: str, postgres: Postgres) -> str:
+    """A database with the tables."""
+    url = postgres.create_database("jobs")
+    async with opened(url) as store:
+        await store.prepare()
+    return url
 
 
 @pytest.fixture
-def postgres_url(postgres: Postgres, template: str) -> Iterator[str]:
-    """A database of the test's own, with tables."""
-    name = f"jobs_{next(_numbers)}"
-    postgres.run_sql(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
-    yield postgres.url(name)
-    postgres.run_sql(f'DROP DATABASE "{name}" WITH (FORCE)')
+def postgres_url(postgres: Postgres, migrated_url: str) -> Iterator[str]:
+    """The one database with tables; each test leaves them empty. Making a database takes longer than most tests."""
+    yield migrated_url
+    postgres.run_sql("TRUNCATE jobs", "jobs")
 
 
 @pytest.fixture
@@ -74,9 +68,10 @@ async def store(url: str) -> AsyncIterator[SqlJobStore]:
 
 
 @contextlib.asynccontextmanager
-async def opened(url: str, **settings: Any) -> AsyncIterator[SqlJobStore]:
+async def opened(url: str, **settings: Any) -> AsyncIterator[SqlJobStore]:  # noqa: ANN401 - of StoreSettings
     """A store until the end of the block."""
-    store = SqlJobStore(StoreSettings(url=url, **settings))
+    # Patient: a busy machine is not a database that is away.
+    store = SqlJobStore(StoreSettings(url=url, **({"timeout_s": 60.0, "connect_timeout_s": 30.0} | settings)))
     await store.open()
     try:
         yield store
