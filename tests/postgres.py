@@ -4,13 +4,14 @@ Never skipped: where PostgreSQL is missing, the tests that need it fail and say 
 where a test says so: it makes functional tests quick, and what is measured or killed meaningless.
 """
 
+import contextlib
 import os
 import pwd
 import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 _PORT = 5432  # names the socket; nothing listens on it
@@ -35,7 +36,7 @@ def find_binaries() -> Path:
 
 
 class Postgres:
-    """A cluster of its own. `start`, `stop_immediately` and `kill` may be called again and again; data stays."""
+    """A cluster of its own. `start` and `stop_immediately` may be called again and again; data stays."""
 
     def __init__(self, settings: Mapping[str, str] | None = None) -> None:
         self._binaries = find_binaries()
@@ -48,12 +49,6 @@ class Postgres:
     def url(self, database: str = "postgres") -> str:
         """For DATABASE_URL."""
         return f"postgresql://postgres@/{database}?host={self._root}&port={_PORT}"
-
-    @property
-    def pid(self) -> int:
-        """Of the postmaster."""
-        assert self._process is not None
-        return self._process.pid
 
     def start(self) -> None:
         """Starts it; returns when it answers."""
@@ -71,6 +66,22 @@ class Postgres:
             self._process.send_signal(signal.SIGQUIT)
             self._process.wait(30)
             self._process = None
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Neither it nor its connections do anything until the end of the block."""
+        assert self._process is not None
+        listing = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(self._process.pid)], check=True, capture_output=True, text=True
+        )
+        pids = [self._process.pid, *map(int, listing.stdout.split())]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
 
     def create_database(self, name: str) -> str:
         """An empty database; returns its URL."""
