@@ -71,10 +71,8 @@ class Postgres:
     def frozen(self) -> Iterator[None]:
         """Neither it nor its connections do anything until the end of the block."""
         assert self._process is not None
-        listing = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(self._process.pid)], check=True, capture_output=True, text=True
-        )
-        pids = [self._process.pid, *map(int, listing.stdout.split())]
+        servers = self.run_sql("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+        pids = [self._process.pid, *map(int, servers.split())]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         try:
