@@ -1,7 +1,7 @@
 """`python -m rest_gateway`: read the settings, run the gateway, or several of them under a supervisor.
 
-Exit status: 0 after a drain, 1 when the address cannot be bound, 2 for a bad setting or argument. Under a supervisor
-also 1 when no worker can start, or when one got lost while it drained.
+Exit status: 0 after a drain, 1 when the address cannot be bound or the database is not for this program, 2 for a bad
+setting or argument. Under a supervisor also 1 when no worker can start, or when one got lost while it drained.
 """
 
 import argparse
@@ -39,9 +39,12 @@ def _supervise(settings: Settings, listener: socket.socket) -> int:
 
 def _serve(settings: Settings, listener: socket.socket) -> int:
     # A supervisor must do without what this brings: 35 MB, grpc and its threads.
-    from rest_gateway.app import run  # noqa: PLC0415
+    from rest_gateway.app import CannotStart, run  # noqa: PLC0415
 
-    run(settings, listener)
+    try:
+        run(settings, listener)
+    except CannotStart as exc:
+        return _complain(str(exc), 1)
     return 0
 
 

@@ -2,8 +2,8 @@
 
 Drain: the first SIGTERM or SIGINT makes /readyz say 503, for load balancers to look elsewhere; requests are accepted
 for `drain_delay_s` more. Then the listening socket closes, in steps that lose no connection (see listener.py), and what
-was accepted is answered. What is still open after `drain_timeout_s` gets 503. The router client outlives all of it. A
-second signal leaves at once.
+was accepted is answered. What is still open after `drain_timeout_s` gets 503. Jobs that run have as long, then they are
+given back. The router client outlives all of it. A second signal leaves at once.
 """
 
 import asyncio
@@ -14,10 +14,12 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
+from dataclasses import dataclass
 from math import ceil
 from types import FrameType
 from typing import Any, TypeAlias
+from typing import Protocol as Interface
 
 import uvicorn
 from fastapi import FastAPI
@@ -29,15 +31,24 @@ from uvicorn.loops.auto import auto_loop_factory
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rest_gateway.config import Settings
+from rest_gateway.jobs.records import JobStore, SchemaError, StoreError, StoreSettings, StoreUnavailable
+from rest_gateway.jobs.service import Jobs
+from rest_gateway.jobs.store import SqlJobStore
+from rest_gateway.jobs.tasks import Models, Tasks
+from rest_gateway.jobs.watch import Watch
+from rest_gateway.jobs.worker import Worker
 from rest_gateway.listener import has_waiting, refuse_new, url_of
-from rest_gateway.metrics import metrics_of
-from rest_gateway.routes import problems
+from rest_gateway.metrics import Metrics, metrics_of
+from rest_gateway.routes import answers, problems
 from rest_gateway.routes.access import ASSETS, AccessMiddleware
 from rest_gateway.routes.health import HealthRoutes
+from rest_gateway.routes.jobs import JobRoutes
 from rest_gateway.routes.lifetime import OpenRequests
 from rest_gateway.routes.predict import PredictRoute
 from rest_gateway.routes.router import Router
-from rest_gateway.schemas.openapi import PREDICT_BODY, PREDICT_RESPONSES, component_schemas
+from rest_gateway.routes.submission import Submission
+from rest_gateway.schemas.openapi import PREDICT_BODY, component_schemas
+from rest_gateway.schemas.openapi_jobs import JOB_OPERATIONS, SCHEMAS, predict_responses
 from router_client import RouterClient
 
 logger = logging.getLogger(__name__)
@@ -60,11 +71,39 @@ MAX_HEAD_BYTES = 64 * 1024
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
-def create_app(router: Router, settings: Settings, open_requests: OpenRequests | None = None) -> FastAPI:
-    """The application. `router` stays its owner's; `open_requests` lets a server drain it."""
-    if open_requests is None:
-        open_requests = OpenRequests()
-    metrics = metrics_of(settings.workers)
+class GatewayRouter(Router, Models, Interface):
+    """What waiting requests and jobs need of `router_client.RouterClient`."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one process shares among all requests; the router and the store stay their owner's."""
+
+    router: Router
+    jobs: Jobs
+    worker: Worker
+    metrics: Metrics
+    open_requests: OpenRequests
+
+
+def make_parts(router: GatewayRouter, store: JobStore, settings: Settings) -> Parts:
+    """Puts together what works; the worker is not started."""
+    metrics, open_requests, watch = metrics_of(settings.workers), OpenRequests(), Watch(store)
+    worker = Worker(
+        store,
+        Tasks(router, answers.end_of_job),
+        metrics,
+        concurrency=settings.job_concurrency,
+        retention_s=settings.job_retention_s,
+        on_change=watch.changed,
+    )
+    jobs = Jobs(store, worker, watch, metrics)
+    open_requests.when_draining(jobs.start_drain)
+    return Parts(router, jobs, worker, metrics, open_requests)
+
+
+def create_app(parts: Parts, settings: Settings) -> FastAPI:
+    """The application."""
     # FastAPI whose /docs brings its own script and style, so that the page also works where the internet does not.
     app = FastAPIOffline(
         title="Inference router",
@@ -74,11 +113,13 @@ def create_app(router: Router, settings: Settings, open_requests: OpenRequests |
         static_url=ASSETS,
         telemetry=_NO_TELEMETRY,
     )
+    metrics, open_requests = parts.metrics, parts.open_requests
     app.add_middleware(AccessMiddleware, settings=settings, metrics=metrics, open_requests=open_requests)
     problems.add_handlers(app)
-    predict = PredictRoute(router, settings, metrics, open_requests)
+    predict = PredictRoute(parts.router, settings, metrics, open_requests, Submission(parts.jobs, settings))
     predict.add_to(app)
-    HealthRoutes(router, metrics, open_requests).add_to(app)
+    JobRoutes(parts.jobs, settings, open_requests).add_to(app)
+    HealthRoutes(parts.router, parts.jobs, metrics, open_requests).add_to(app)
     _document(app, predict.document())
     return app
 
@@ -89,12 +130,13 @@ def _document(app: FastAPI, *documented: APIRoute) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, routes=[*documented, *app.routes])
-            document.setdefault("components", {}).setdefault("schemas", {}).update(component_schemas())
+            document.setdefault("components", {}).setdefault("schemas", {}).update(component_schemas(*SCHEMAS))
             # As they stand: FastAPI drops every null, also those of the examples.
-            document["paths"]["/predict"]["post"] |= {
-                "requestBody": PREDICT_BODY,
-                "responses": {str(status): answer for status, answer in PREDICT_RESPONSES.items()},
-            }
+            paths = document["paths"]
+            paths["/predict"]["post"] |= {"requestBody": PREDICT_BODY, "responses": predict_responses()}
+            for (method, path), operation in JOB_OPERATIONS.items():
+                responses = {str(status): answer for status, answer in sorted(operation.responses.items())}
+                paths[path][method.lower()]["responses"] = responses
             app.openapi_schema = document
         return app.openapi_schema
 
@@ -120,11 +162,54 @@ def _calm_garbage_collector() -> None:
 
 async def serve(settings: Settings, listener: socket.socket, make_server: "MakeServer") -> None:
     """Serves on `listener`, which it closes, until a signal has drained it."""
-    open_requests = OpenRequests()
-    async with RouterClient(settings.router, router_wait_s=settings.router_wait_s) as router:
-        server = make_server(create_app(router, settings, open_requests), settings, open_requests)
-        await server.serve(sockets=[listener])
+    async with (
+        RouterClient(settings.router, router_wait_s=settings.router_wait_s) as router,
+        open_store(settings) as store,
+    ):
+        parts = make_parts(router, store, settings)  # type: ignore[arg-type]  # until the client has infer_tensors
+        server = make_server(create_app(parts, settings), settings, parts.open_requests)
+        parts.worker.start()
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            await parts.worker.drain(server.drain_left_s)
     logger.info("stopped")
+
+
+class CannotStart(Exception):
+    """The database is there, but not for this process; the text tells why."""
+
+
+@contextlib.asynccontextmanager
+async def open_store(settings: Settings) -> AsyncGenerator[SqlJobStore, None]:
+    """The store of this process. Raises CannotStart; a database that is away is no reason not to."""
+    try:
+        store = SqlJobStore(_store_settings(settings))
+    except ValueError as exc:
+        raise CannotStart(f"DATABASE_URL: {exc}") from exc
+    try:
+        await _begin(store)
+        yield store
+    finally:
+        await store.aclose()
+
+
+async def _begin(store: JobStore) -> None:
+    try:
+        await store.open()
+        await store.prepare()
+    except SchemaError as exc:
+        raise CannotStart(str(exc)) from exc
+    except StoreUnavailable as exc:
+        logger.warning("the database is away, the gateway starts without it: %s", exc)
+    except StoreError as exc:
+        raise CannotStart(str(exc)) from exc
+
+
+def _store_settings(settings: Settings) -> StoreSettings:
+    return StoreSettings(
+        url=settings.database_url, should_migrate=settings.migrate, max_waiting=settings.job_max_waiting
+    )
 
 
 class Protocol(HttpToolsProtocol):
@@ -204,6 +289,7 @@ class Server(uvicorn.Server):
         self._settings = settings
         self._open_requests = open_requests
         self._drain_task: asyncio.Task[None] | None = None
+        self._drained_at_s = 0.0
         self._has_signal = False
 
     @contextlib.contextmanager
@@ -251,10 +337,16 @@ class Server(uvicorn.Server):
         """From the first signal on."""
         return self._drain_task is not None
 
+    @property
+    def drain_left_s(self) -> float:
+        """What is left of a drain's time; 0 without one."""
+        return max(0.0, self._drained_at_s - self._loop.time())
+
     def start_drain(self, delay_s: float | None = None) -> None:
         """Begins the drain, with the settings' delay by default; a second call changes nothing."""
         if self._drain_task is None:
             delay_s = self._settings.drain_delay_s if delay_s is None else delay_s
+            self._drained_at_s = self._loop.time() + delay_s + self._settings.drain_timeout_s
             self._drain_task = asyncio.create_task(self._drain(delay_s), name="drain")
 
     def refuse_new(self) -> None:
@@ -264,7 +356,7 @@ class Server(uvicorn.Server):
 
     async def _drain(self, delay_s: float) -> None:
         logger.info("draining: not ready, accepting for %g s more", delay_s)
-        self._open_requests.is_draining = True
+        self._open_requests.start_drain()
         await asyncio.sleep(delay_s)
         self.refuse_new()
         await asyncio.sleep(HANDSHAKE_S)

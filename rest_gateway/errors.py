@@ -53,10 +53,6 @@ class InvalidRequestError(GatewayError):
     """The client's: JSON, but not a request."""
 
 
-class NotServedError(GatewayError):
-    """Nobody's: the feature belongs to a later version."""
-
-
 class ClientGoneError(GatewayError):
     """The client has left; nobody reads the answer."""
 

@@ -52,6 +52,32 @@ class Metrics:
             registry=self.registry,
             multiprocess_mode="livesum",  # of those that live
         )
+        self.jobs = Counter(
+            "gateway_jobs",
+            "Jobs that came into a status here, by kind; kind reaped: their worker, or their time, was gone.",
+            ["kind", "status"],
+            registry=self.registry,
+        )
+        self.jobs_waiting = Gauge(
+            "gateway_jobs_waiting",
+            "Pending jobs in the database, as one process last saw them.",
+            registry=self.registry,
+            multiprocess_mode="livemostrecent",
+        )
+        self.jobs_running = Gauge(
+            "gateway_jobs_running",
+            "Jobs held by this gateway: running, or with an end to be written.",
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
+        self.jobs_lost_leases = Counter(
+            "gateway_jobs_lost_leases", "Leases that ran out, found by this gateway.", registry=self.registry
+        )
+        self.jobs_fenced = Counter(
+            "gateway_jobs_fenced_finishes",
+            "Ends of attempts that came too late: the job had ended, or was another attempt's.",
+            registry=self.registry,
+        )
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
 
@@ -65,6 +91,10 @@ class Metrics:
         """Agents that were settled with one code, "OK" included."""
         if agents:
             self.agents.labels(code).inc(agents)
+
+    def count_job(self, kind: str, status: str) -> None:
+        """One job that came into a status."""
+        self.jobs.labels(kind, status).inc()
 
     def render(self) -> bytes:
         """The Prometheus text format."""

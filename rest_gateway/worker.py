@@ -20,7 +20,7 @@ from types import FrameType
 
 from fastapi import FastAPI
 
-from rest_gateway.app import Server, run
+from rest_gateway.app import CannotStart, Server, run
 from rest_gateway.config import Settings, load_settings, logging_config
 from rest_gateway.metrics import join_workers
 from rest_gateway.routes.lifetime import OpenRequests
@@ -72,7 +72,11 @@ def main() -> int:
     logging.config.dictConfig(logging_config(settings))
     join_workers(number)
     server = functools.partial(WorkerServer, lifeline=socket.socket(fileno=lifeline))
-    run(settings, socket.socket(fileno=listener), server)
+    try:
+        run(settings, socket.socket(fileno=listener), server)
+    except CannotStart as exc:
+        logger.critical("cannot start: %s", exc)
+        return 1
     return 0
 
 

@@ -3,6 +3,7 @@
 from fastapi import FastAPI, Response
 from fastapi.responses import RedirectResponse
 
+from rest_gateway.jobs.service import Jobs
 from rest_gateway.metrics import Metrics
 from rest_gateway.routes.lifetime import OpenRequests
 from rest_gateway.routes.router import Router
@@ -15,8 +16,9 @@ PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 class HealthRoutes:
     """What probes and scrapers ask; answers from memory, at once."""
 
-    def __init__(self, router: Router, metrics: Metrics, open_requests: OpenRequests) -> None:
+    def __init__(self, router: Router, jobs: Jobs, metrics: Metrics, open_requests: OpenRequests) -> None:
         self._router = router
+        self._jobs = jobs
         self._metrics = metrics
         self._open_requests = open_requests
 
@@ -36,10 +38,15 @@ class HealthRoutes:
         return _json(200, {"status": "ok"})
 
     async def readyz(self) -> Response:
-        """Says whether new requests are welcome: not while draining, nor without a router."""
+        """Says whether new requests are welcome: not while draining, without a router, or before jobs were looked for.
+
+        A database that is away costs jobs, not predictions, and so does not make the gateway unready.
+        """
         is_connected = self._router.is_connected
-        status = "draining" if self._open_requests.is_draining else "ready" if is_connected else "not ready"
-        body = {"status": status, "router": "connected" if is_connected else "unreachable"}
+        is_ready = is_connected and self._jobs.has_tried_to_claim
+        status = "draining" if self._open_requests.is_draining else "ready" if is_ready else "not ready"
+        router = "connected" if is_connected else "unreachable"
+        body = {"status": status, "router": router, "database": self._jobs.database}
         return _json(200 if status == "ready" else 503, body)
 
     async def metrics(self) -> Response:

@@ -7,6 +7,7 @@ cancellation from anyone else passes through.
 """
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -19,8 +20,9 @@ class OpenRequests:
     """The requests that are being answered. `is_draining`: the gateway is about to leave."""
 
     def __init__(self) -> None:
-        # Set by the server's drain, read by /readyz and the access layer.
+        # Set by the server's drain, read by /readyz and the access layer; who else wants to know.
         self.is_draining = False
+        self._when_draining: list[Callable[[], None]] = []
         # Every request inside its `with` block.
         self._open: set[Lifetime] = set()
 
@@ -33,6 +35,16 @@ class OpenRequests:
         if task is None:
             raise RuntimeError("a lifetime belongs to a task; this is a bug")
         return Lifetime(self._open, task)
+
+    def when_draining(self, callback: Callable[[], None]) -> None:
+        """Has `callback` called when the drain begins."""
+        self._when_draining.append(callback)
+
+    def start_drain(self) -> None:
+        """The gateway is about to leave."""
+        self.is_draining = True
+        for callback in self._when_draining:
+            callback()
 
     def end_all(self) -> None:
         """Ends every open request with ShuttingDownError."""

@@ -6,7 +6,14 @@ from typing import Literal
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from rest_gateway.errors import BodyTooLargeError, ClientGoneError, NotAcceptableError, UnsupportedMediaError
+from rest_gateway.config import Settings
+from rest_gateway.errors import (
+    BodyTooLargeError,
+    ClientGoneError,
+    InvalidRequestError,
+    NotAcceptableError,
+    UnsupportedMediaError,
+)
 
 Form = Literal["json", "sse", "ndjson"]
 
@@ -69,6 +76,14 @@ def check_content(headers: Headers) -> None:
     content_type = headers.get("content-type", "application/json").partition(";")[0].strip()
     if not _JSON_TYPE.fullmatch(content_type):
         raise UnsupportedMediaError("the Content-Type must be application/json")
+
+
+def tenant_of(headers: Headers, settings: Settings) -> str:
+    """On whose account a request is; "" where nobody says. A client's own word counts only where it is trusted."""
+    tenant = headers.get("x-tenant", "") if settings.trust_tenant else ""
+    if len(tenant) > settings.max_name_length:
+        raise InvalidRequestError(f"X-Tenant has more than {settings.max_name_length:,} characters")
+    return tenant
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

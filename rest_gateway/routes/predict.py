@@ -1,33 +1,40 @@
-"""POST /predict: agents in, outputs out, at once (JSON) or each as it arrives (SSE, NDJSON)."""
-
-from collections.abc import Mapping
+"""POST /predict: agents in, outputs out, at once (JSON) or each as it arrives (SSE, NDJSON); or later, by a job."""
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
-from starlette.types import Scope
 
 from rest_gateway.config import Settings
-from rest_gateway.convert import Outcome
-from rest_gateway.errors import Fault, InvalidRequestError
 from rest_gateway.metrics import Metrics
-from rest_gateway.routes import problems
+from rest_gateway.routes import answers
 from rest_gateway.routes.lifetime import OpenRequests
-from rest_gateway.routes.negotiation import MEDIA_TYPES, check_content, choose_form, read_body
+from rest_gateway.routes.negotiation import Form, check_content, choose_form, read_body, tenant_of
 from rest_gateway.routes.prediction import Prediction
+from rest_gateway.routes.preferences import read_preferences
 from rest_gateway.routes.router import Router
 from rest_gateway.routes.streaming import StreamedAnswer
-from rest_gateway.schemas import json_text
+from rest_gateway.routes.submission import Submission
 from rest_gateway.schemas.openapi import PREDICT_BODY, PREDICT_RESPONSES
-from rest_gateway.schemas.predict import Limits, parse_predict
+from rest_gateway.schemas.openapi_jobs import PREDICT_PARAMETERS
+from rest_gateway.schemas.predict import Limits, TextCall, parse_predict
 
 
 class PredictRoute:
     """The route with what it needs."""
 
-    def __init__(self, router: Router, settings: Settings, metrics: Metrics, open_requests: OpenRequests) -> None:
+    def __init__(
+        self,
+        router: Router,
+        settings: Settings,
+        metrics: Metrics,
+        open_requests: OpenRequests,
+        submission: Submission,
+    ) -> None:
         self._router = router
+        self._submission = submission
         self._settings = settings
-        self._limits = Limits(settings.max_agents, settings.max_vector_length, settings.max_name_length)
+        self._limits = Limits(
+            settings.max_agents, settings.max_vector_length, settings.max_name_length, settings.max_text_length
+        )
         self._metrics = metrics
         self._open_requests = open_requests
 
@@ -42,51 +49,35 @@ class PredictRoute:
             self.predict,
             methods=["POST"],
             tags=["predictions"],
-            summary="Run named agents through their models",
+            summary="Run named agents through their models, or a text through the sentiment model",
             response_class=Response,
             responses=PREDICT_RESPONSES,
-            openapi_extra={"requestBody": PREDICT_BODY},
+            openapi_extra={"requestBody": PREDICT_BODY, "parameters": PREDICT_PARAMETERS},
         )
 
     async def predict(self, request: Request) -> Response:
-        """Answers each agent on its own: one agent's fault leaves the others alone.
+        """Agents are answered at once, each on its own: one agent's fault leaves the others alone.
 
-        Ask for `text/event-stream` or `application/x-ndjson` to get each agent as soon as its model has answered.
+        Ask for `text/event-stream` or `application/x-ndjson` to get each agent as soon as its model has answered, or
+        prefer `respond-async` to be answered 202 with a job. A `text` always makes a job; prefer `wait=10` to wait
+        for its end. See the job at `Location`.
         """
         form = choose_form(request.headers)
         check_content(request.headers)
         with self._open_requests.open() as lifetime:
-            prediction = await self._read(request)
+            body = await read_body(request, self._settings.max_body_bytes)
+            call = parse_predict(body, self._limits)
+            tenant = tenant_of(request.headers, self._settings)
+            if isinstance(call, TextCall) or _is_for_later(request, form):
+                return await self._submission.answer(request, call, form, tenant, lifetime)
+            prediction = Prediction(self._router, self._metrics, request.scope, call, tenant)
             if form != "json":
                 return StreamedAnswer(prediction, form, self._open_requests)
             lifetime.watch(request.receive)
             outcomes = await prediction.infer()
-        return _answer(request.scope, prediction.names, outcomes)
-
-    async def _read(self, request: Request) -> Prediction:
-        body = await read_body(request, self._settings.max_body_bytes)
-        call = parse_predict(body, self._limits)
-        return Prediction(self._router, self._metrics, request.scope, call, self._tenant(request))
-
-    def _tenant(self, request: Request) -> str:
-        """Whom the rows are counted for; a client's own word only where the operator trusts it."""
-        tenant = request.headers.get("x-tenant", "") if self._settings.trust_tenant else ""
-        if len(tenant) > self._settings.max_name_length:
-            raise InvalidRequestError(f"X-Tenant has more than {self._settings.max_name_length:,} characters")
-        return tenant
+        return answers.answer(request.scope, prediction.names, outcomes)
 
 
-def _answer(scope: Scope, names: list[str], outcomes: Mapping[str, Outcome]) -> Response:
-    """200, 207, or the problem when nobody has an output; agents in the order of the request."""
-    results: dict[str, Outcome] = {}
-    agent_errors: dict[str, dict[str, object]] = {}
-    for name in names:
-        outcome = outcomes[name]
-        if isinstance(outcome, Fault):
-            agent_errors[name] = problems.agent_error(outcome)
-        else:
-            results[name] = outcome
-    if not results:
-        return problems.all_failed(scope, agent_errors)
-    body = json_text.dump({"results": results, "errors": agent_errors})
-    return Response(body, 207 if agent_errors else 200, media_type=MEDIA_TYPES["json"])
+def _is_for_later(request: Request, form: Form) -> bool:
+    """Who asks for a stream wants to read it now."""
+    return form == "json" and "prefer" in request.headers and read_preferences(request.headers).respond_async

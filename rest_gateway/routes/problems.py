@@ -14,6 +14,7 @@ from starlette.types import Scope
 
 from rest_gateway import errors
 from rest_gateway.errors import Fault, GatewayError
+from rest_gateway.jobs.records import JobNotFound, KeyReused, StoreError, StoreUnavailable, TooManyJobs, WrongState
 from rest_gateway.routes.record import record_of
 from rest_gateway.schemas import json_text
 
@@ -41,9 +42,17 @@ STATUS_OF_ERROR: dict[type[GatewayError], int] = {
     errors.UnsupportedMediaError: 415,
     errors.InvalidRequestError: 422,
     errors.ClientGoneError: 499,
-    errors.NotServedError: 501,
     errors.ShuttingDownError: 503,
 }
+# What the store of jobs says, in the words of its clients. {} is its own text; what is fixed hides the database's.
+STORE_ERRORS: tuple[tuple[type[StoreError], int, str], ...] = (
+    (JobNotFound, 404, "there is no such job"),
+    (WrongState, 409, "{}"),
+    (KeyReused, 422, "this Idempotency-Key belongs to a job with another body"),
+    (TooManyJobs, 429, "too many jobs wait"),
+    (StoreUnavailable, 503, "the database of the jobs is away"),
+)
+STORE_RETRY_AFTER_S = 2.0
 # When all agents failed, and not all alike, the first of these that is present speaks for the request.
 PRECEDENCE = (500, 503, 502, 504, 501, 429, 409, 403, 401, 404, 422, 499)
 
@@ -88,14 +97,14 @@ def known_code(code: str) -> str:
     return code if code in STATUS_OF_CODE else "UNKNOWN"
 
 
-def agent_error(fault: Fault) -> dict[str, object]:
+def agent_error(fault: Fault, internal_detail: str = INTERNAL_DETAIL) -> dict[str, object]:
     """One entry of `errors`. The text of an INTERNAL is not the client's business: see `log_internal`."""
     code = known_code(fault.code)
     status = STATUS_OF_CODE[code]
     return {
         "status": status,
         "code": code,
-        "detail": INTERNAL_DETAIL if status == 500 else fault.detail,
+        "detail": internal_detail if status == 500 else fault.detail,
         "retry_after_s": fault.retry_after_s,
     }
 
@@ -108,16 +117,22 @@ def log_internal(scope: Scope, faults: Iterable[Fault]) -> None:
 
 def all_failed(scope: Scope, agent_errors: Mapping[str, Mapping[str, Any]]) -> Response:
     """The problem of a request whose agents (at least one) all failed."""
-    present = {error["status"] for error in agent_errors.values()}
-    status = next(status for status in PRECEDENCE if status in present)
-    speakers = [error for error in agent_errors.values() if error["status"] == status]
+    speakers, detail = who_speaks(agent_errors)
     return problem(
         scope,
-        status,
-        _summary(speakers, len(agent_errors)),
+        speakers[0]["status"],
+        detail,
         agent_errors=agent_errors,
         retry_after_s=_latest(error["retry_after_s"] for error in speakers),
     )
+
+
+def who_speaks(agent_errors: Mapping[str, Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
+    """The errors that speak for all agents (at least one), which all failed; and one text for them."""
+    present = {error["status"] for error in agent_errors.values()}
+    status = next(status for status in PRECEDENCE if status in present)
+    speakers = [error for error in agent_errors.values() if error["status"] == status]
+    return speakers, _summary(speakers, len(agent_errors))
 
 
 def _summary(speakers: list[Mapping[str, Any]], agents: int) -> str:
@@ -151,6 +166,11 @@ async def _gateway_error(request: Request, exc: GatewayError) -> Response:
     return problem(request.scope, STATUS_OF_ERROR[type(exc)], exc.detail, retry_after_s=exc.retry_after_s)
 
 
+async def _store_error(request: Request, exc: StoreError) -> Response:
+    status, text = next((status, text) for kind, status, text in STORE_ERRORS if isinstance(exc, kind))
+    return problem(request.scope, status, text.format(exc), retry_after_s=STORE_RETRY_AFTER_S)
+
+
 async def _http_exception(request: Request, exc: HTTPException) -> Response:
     """Starlette's own: no route (404), no such method (405)."""
     if exc.status_code == 405:
@@ -172,4 +192,5 @@ def add_handlers(app: FastAPI) -> None:
     """Every error that a route may raise becomes a problem document; the unexpected is caught in `access`."""
     # Starlette calls a handler with exceptions of its class only, and types every handler as taking any.
     app.add_exception_handler(GatewayError, _gateway_error)  # type: ignore[arg-type]
+    app.add_exception_handler(StoreError, _store_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http_exception)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from rest_gateway.schemas import json_text
 logger = logging.getLogger(__name__)
 
 # Nobody on the way may keep the stream or hold it back; the second header is nginx's.
-_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _DONE: dict[str, object] = {"done": True}
 
 
@@ -35,7 +35,7 @@ class StreamedAnswer(Response):
         self.status_code = 200
         self.media_type = MEDIA_TYPES[form]
         self.background = None
-        self.init_headers(_HEADERS)
+        self.init_headers(STREAM_HEADERS)
         self._prediction = prediction
         self._encode = _ENCODERS[form]
         self._open_requests = open_requests

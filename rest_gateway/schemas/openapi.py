@@ -30,9 +30,17 @@ class PredictRequest(BaseModel):
         max_length=1024,
         description="Agents by name; names are at most 256 characters. A fault inside one agent is that agent's only.",
     )
-    text: str | None = Field(None, description="Answered by a job. Not available in this version: 501.")
+    text: str | None = Field(
+        None,
+        min_length=1,
+        max_length=10_000,
+        description="Answered by a job: is it positive or negative? Not blank, without U+0000.",
+    )
     timeout_s: float | None = Field(
-        None, gt=0, description="Seconds to wait; the router's default without it, and never above its maximum."
+        None,
+        gt=0,
+        description="Seconds to wait; the router's default without it, and never above its maximum. A job fails when "
+        "it has not ended by then, and never has longer than the gateway's own limit.",
     )
     explain: bool | None = Field(False, description="Asks for an `explanation` with each result.")
     priority_class: Literal["interactive", "batch"] | None = "interactive"
@@ -89,9 +97,9 @@ class Problem(BaseModel):
     errors: dict[str, AgentError] | None = Field(None, description="Present when all agents failed, by name.")
 
 
-def component_schemas() -> JsonObject:
+def component_schemas(*more: type[BaseModel]) -> JsonObject:
     """The models for `components.schemas` of the document."""
-    models = (PredictRequest, PredictResponse, Problem)
+    models: tuple[type[BaseModel], ...] = (PredictRequest, PredictResponse, Problem, *more)
     _, definitions = models_json_schema(
         [(model, "serialization") for model in models], ref_template="#/components/schemas/{model}"
     )
@@ -99,7 +107,7 @@ def component_schemas() -> JsonObject:
     return schemas
 
 
-def _ref(model: type[BaseModel]) -> JsonObject:
+def ref(model: type[BaseModel]) -> JsonObject:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
@@ -123,6 +131,7 @@ WITH_EXPLANATION: JsonObject = {
     "explain": True,
     "priority_class": "batch",
 }
+A_TEXT: JsonObject = {"text": "This product is amazing!"}
 BOBS_ERROR: JsonObject = {
     "status": 422,
     "code": "INVALID_ARGUMENT",
@@ -167,28 +176,32 @@ PREDICT_BODY: JsonObject = {
     "required": True,
     "content": {
         "application/json": {
-            "schema": _ref(PredictRequest),
+            "schema": ref(PredictRequest),
             "examples": {
                 "three agents, two models": {"value": THREE_AGENTS},
                 "one bad agent": {"summary": "answered 207", "value": ONE_BAD_AGENT},
                 "with an explanation": {"value": WITH_EXPLANATION},
+                "a text": {"summary": "answered 202 with a job", "value": A_TEXT},
             },
         }
     },
 }
 
 
-def _problem(description: str, title: str, status: int, detail: str, **more: object) -> JsonObject:
+def problem_answer(
+    description: str, title: str, status: int, detail: str, instance: str = "/predict", **more: object
+) -> JsonObject:
+    """A problem document as one answer of a route."""
     example = {
         "type": "about:blank",
         "title": title,
         "status": status,
         "detail": detail,
-        "instance": "/predict",
+        "instance": instance,
         "request_id": "5b0b8a1c6f7d4e0f9c2a4d7e8b6c1f03",
         **more,
     }
-    content = {"application/problem+json": {"schema": _ref(Problem), "example": example}}
+    content = {"application/problem+json": {"schema": ref(Problem), "example": example}}
     return {"description": description, "content": content}
 
 
@@ -198,10 +211,11 @@ _ALL_BY_CODE = "also when all agents failed so"
 PREDICT_RESPONSES: dict[int | str, JsonObject] = {
     200: {
         "description": "Every agent was answered. In a stream: each agent's event as it comes, whatever it is, then "
-        "`done`; a stream without `done` was cut.",
+        "`done`; a stream without `done` was cut. With a job: the job, which ended within `Prefer: wait`, or was "
+        "found by its `Idempotency-Key`.",
         "content": {
             "application/json": {
-                "schema": _ref(PredictResponse),
+                "schema": ref(PredictResponse),
                 "examples": {
                     "three agents, two models": {"value": ALL_ANSWERED},
                     "with an explanation": {"value": EXPLAINED},
@@ -213,10 +227,10 @@ PREDICT_RESPONSES: dict[int | str, JsonObject] = {
     },
     207: {
         "description": "Some agents failed.",
-        "content": {"application/json": {"schema": _ref(PredictResponse), "example": SOME_ANSWERED}},
+        "content": {"application/json": {"schema": ref(PredictResponse), "example": SOME_ANSWERED}},
     },
-    400: _problem("The body is not JSON.", "Bad Request", 400, "the body is not JSON: NaN is not a JSON number"),
-    404: _problem(
+    400: problem_answer("The body is not JSON.", "Bad Request", 400, "the body is not JSON: NaN is not a JSON number"),
+    404: problem_answer(
         "All agents ask for models that do not exist.",
         "Not Found",
         404,
@@ -230,28 +244,30 @@ PREDICT_RESPONSES: dict[int | str, JsonObject] = {
             }
         },
     ),
-    406: _problem(
+    406: problem_answer(
         "Accept excludes all three forms.",
         "Not Acceptable",
         406,
         "this route answers application/json, text/event-stream, application/x-ndjson",
     ),
-    413: _problem("The body is too large.", "Request Entity Too Large", 413, "the body has more than 8,388,608 bytes"),
-    415: _problem(
+    413: problem_answer(
+        "The body is too large.", "Request Entity Too Large", 413, "the body has more than 8,388,608 bytes"
+    ),
+    415: problem_answer(
         "The body is encoded, or says that it is not JSON.",
         "Unsupported Media Type",
         415,
         "the Content-Type must be application/json",
     ),
-    422: _problem(
+    422: problem_answer(
         f"The body is not a request; {_ALL_BY_CODE}.",
         "Unprocessable Entity",
         422,
         BOBS_ERROR["detail"],
         errors={"bob": BOBS_ERROR},
     ),
-    429: _problem(
-        "The router is full: all agents were refused. Retry-After tells when to come back.",
+    429: problem_answer(
+        "The router is full: all agents were refused. Or too many jobs wait. Retry-After tells when to come back.",
         "Too Many Requests",
         429,
         "the queue is full",
@@ -259,16 +275,17 @@ PREDICT_RESPONSES: dict[int | str, JsonObject] = {
             "alice": {"status": 429, "code": "RESOURCE_EXHAUSTED", "detail": "the queue is full", "retry_after_s": 0.8}
         },
     ),
-    500: _problem(
+    500: problem_answer(
         "A bug of ours.", "Internal Server Error", 500, "internal error; the log tells more under this request id"
     ),
-    501: _problem(
-        f"`text` is not available in this version; {_ALL_BY_CODE}.",
+    501: problem_answer(
+        f"The model cannot do it; {_ALL_BY_CODE}.",
         "Not Implemented",
         501,
-        "text is answered by jobs, which are not available in this version",
+        "not implemented",
+        errors={"alice": {"status": 501, "code": "UNIMPLEMENTED", "detail": "not implemented", "retry_after_s": None}},
     ),
-    502: _problem(
+    502: problem_answer(
         "The model failed for all agents.",
         "Bad Gateway",
         502,
@@ -277,14 +294,14 @@ PREDICT_RESPONSES: dict[int | str, JsonObject] = {
             "alice": {"status": 502, "code": "UNKNOWN", "detail": "the model raised ValueError", "retry_after_s": None}
         },
     ),
-    503: _problem(
-        "No router, no model server, or a shutdown. Retry-After tells when to come back.",
+    503: problem_answer(
+        "No router, no model server, a shutdown, or no database for a job. Retry-After tells when to come back.",
         "Service Unavailable",
         503,
         "no router",
         errors={"alice": _NO_ROUTER},
     ),
-    504: _problem(
+    504: problem_answer(
         "The time of all agents was over before their answers.",
         "Gateway Timeout",
         504,
@@ -307,8 +324,14 @@ def _json_example(description: str, example: JsonObject) -> JsonObject:
 
 HEALTHZ_RESPONSES: dict[int | str, JsonObject] = {200: _json_example("The event loop turns.", {"status": "ok"})}
 READYZ_RESPONSES: dict[int | str, JsonObject] = {
-    200: _json_example("New requests are welcome.", {"status": "ready", "router": "connected"}),
-    503: _json_example("Draining, or no router.", {"status": "not ready", "router": "unreachable"}),
+    200: _json_example(
+        "New requests are welcome. A `database` that is `away` costs jobs, not predictions.",
+        {"status": "ready", "router": "connected", "database": "connected"},
+    ),
+    503: _json_example(
+        "Draining, no router, or a process that has not looked for jobs yet.",
+        {"status": "not ready", "router": "unreachable", "database": "unknown"},
+    ),
 }
 METRICS_RESPONSES: dict[int | str, JsonObject] = {
     200: {"description": "Prometheus text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias, TypeGuard, get_args
 
-from rest_gateway.errors import Fault, InvalidRequestError, NotServedError
+from rest_gateway.errors import Fault, InvalidRequestError
 from rest_gateway.schemas import json_text
 
 PriorityClass = Literal["interactive", "batch"]
@@ -36,6 +36,7 @@ class Limits:
     max_agents: int
     max_vector_length: int
     max_name_length: int  # characters of an agent's name, model name and agent type
+    max_text_length: int = 10_000  # characters
 
 
 # One valid agent, as `router_client.group` takes it: name, agent type, model name and vector. The vector is (dim,)
@@ -55,12 +56,20 @@ class PredictCall:
     priority_class: PriorityClass
 
 
+@dataclass(frozen=True, slots=True)
+class TextCall:
+    """A request with a text that stands: neither blank nor too long, and valid as UTF-8."""
+
+    text: str
+    timeout_s: float | None
+
+
 class _AgentError(ValueError):
     """One agent is at fault; the text says how."""
 
 
-def parse_predict(body: bytes, limits: Limits) -> PredictCall:
-    """The request in `body`. Raises NotJsonError, InvalidRequestError and NotServedError.
+def parse_predict(body: bytes, limits: Limits) -> PredictCall | TextCall:
+    """The request in `body`. Raises NotJsonError and InvalidRequestError.
 
     null is the same as leaving a field out; fields without a meaning are ignored, at the top and in an agent.
     """
@@ -69,7 +78,13 @@ def parse_predict(body: bytes, limits: Limits) -> PredictCall:
         raise InvalidRequestError(f"the body must be a JSON object, not {_kind(document)}")
     for key in json_text.repeated_keys(document):
         raise InvalidRequestError(f"the body has {_quote(key)} more than once")
-    agents = _read_agents(document, limits)
+    agents = document.get("agents")
+    text = document.get("text")
+    if (text is None) == (agents is None):
+        raise InvalidRequestError("the body must have exactly one of agents and text")
+    if text is not None:
+        return _read_text_call(document, text, limits)
+    agents = _check_agents(agents, limits)
     # struct takes True for 1.0, so where a boolean may be the types are looked at: 1 µs for a vector of 32.
     may_have_booleans = b"true" in body or b"false" in body
     rows, faults = _read_rows(agents, limits, may_have_booleans=may_have_booleans)
@@ -83,13 +98,25 @@ def parse_predict(body: bytes, limits: Limits) -> PredictCall:
     )
 
 
-def _read_agents(document: dict[str, object], limits: Limits) -> dict[str, object]:
-    agents = document.get("agents")
-    has_text = document.get("text") is not None
-    if has_text == (agents is not None):
-        raise InvalidRequestError("the body must have exactly one of agents and text")
-    if has_text:
-        raise NotServedError("text is answered by jobs, which are not available in this version")
+def _read_text_call(document: dict[str, object], text: object, limits: Limits) -> TextCall:
+    _read_explain(document.get("explain"))
+    _read_priority_class(document.get("priority_class"))
+    return TextCall(_read_text(text, limits.max_text_length), _read_timeout_s(document.get("timeout_s")))
+
+
+def _read_text(text: object, limit: int) -> str:
+    if not isinstance(text, str):
+        raise InvalidRequestError(f"text must be a string, not {_kind(text)}")
+    if not text or text.isspace():
+        raise InvalidRequestError("text is blank" if text else "text is empty")
+    if len(text) > limit:
+        raise InvalidRequestError(f"text has {len(text):,} characters, more than {limit:,}")
+    if reason := _why_not_text(text):
+        raise InvalidRequestError(f"text contains {reason}")
+    return text
+
+
+def _check_agents(agents: object, limits: Limits) -> dict[str, object]:
     if not isinstance(agents, dict):
         raise InvalidRequestError(f"agents must be an object of agents by name, not {_kind(agents)}")
     if not agents:
@@ -179,11 +206,16 @@ def _check_name(field: str, value: object, limit: int) -> str:
         raise _AgentError(f"{field} must be a string, not {_kind(value)}")
     if len(value) > limit:
         raise _AgentError(f"{field} has {len(value):,} characters, more than {limit:,}")
-    if "\0" in value:
-        raise _AgentError(f"{field} contains U+0000")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _AgentError(f"{field} contains a lone surrogate")
+    if reason := _why_not_text(value):
+        raise _AgentError(f"{field} contains {reason}")
     return value
+
+
+def _why_not_text(value: str) -> str | None:
+    """What no text may hold: PostgreSQL refuses the one, UTF-8 the other."""
+    if "\0" in value:
+        return "U+0000"
+    return "a lone surrogate" if any("\ud800" <= character <= "\udfff" for character in value) else None
 
 
 def _read_vector(vector: object, limit: int, *, may_have_booleans: bool) -> bytes:

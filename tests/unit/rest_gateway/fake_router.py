@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
+from rest_gateway.jobs.tensors import InferError, Tensor, bytes_tensor
 
 Script = Callable[[Sequence[pb.Block]], list[pb.Answer]]
+TensorScript = Callable[[str, Sequence[Tensor]], list[Tensor]]
 
 
 def sum_answers(blocks: Sequence[pb.Block]) -> list[pb.Answer]:
@@ -46,14 +48,33 @@ def failing_by_model(**codes: str) -> Script:
     return script
 
 
+def all_positive(_model_name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Every text is positive, with 0.75."""
+    (texts,) = inputs
+    confidences = np.full(texts.shape, 0.75, "<f4")
+    sentiment = bytes_tensor("sentiment", [b"positive"] * texts.shape[0])
+    return [sentiment, Tensor("confidence", "FP32", texts.shape, confidences.tobytes())]
+
+
+def tensor_failure(code: str, message: str = "no", retry_pushback_ms: int | None = None) -> TensorScript:
+    """A script that fails each call with tensors."""
+
+    def script(_model_name: str, _inputs: Sequence[Tensor]) -> list[Tensor]:
+        raise InferError(code, message, retry_pushback_ms)
+
+    return script
+
+
 @dataclass
 class FakeRouter:
-    """`gate` closed: calls hang in `infer`, and in `stream` before each answer until `release` is called."""
+    """`gate` closed: calls hang, in `stream` before each answer, until `release` is called."""
 
     script: Script = sum_answers
     is_connected: bool = True
     error: Exception | None = None
     calls: list[tuple[list[pb.Block], dict[str, object]]] = field(default_factory=list)
+    tensors: TensorScript = all_positive
+    tensor_calls: list[tuple[str, list[Tensor], dict[str, object]]] = field(default_factory=list)
     gate: asyncio.Semaphore | None = None
     entered: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -70,6 +91,11 @@ class FakeRouter:
         self.calls.append((list(blocks), options))
         await self._pass_gate()
         return self.script(blocks)
+
+    async def infer_tensors(self, model_name: str, inputs: Sequence[Tensor], **options: object) -> list[Tensor]:
+        self.tensor_calls.append((model_name, list(inputs), options))
+        await self._pass_gate()
+        return self.tensors(model_name, inputs)
 
     async def stream(self, blocks: Sequence[pb.Block], **options: object) -> AsyncGenerator[pb.Answer, None]:
         self.calls.append((list(blocks), options))

@@ -12,11 +12,11 @@ import pytest
 
 from mock_nn.models import expected
 from protos.inference_router.v1 import inference_router_pb2 as pb
-from rest_gateway.app import create_app
+from rest_gateway.app import Parts, create_app, make_parts
 from rest_gateway.config import Settings
-from rest_gateway.routes.lifetime import OpenRequests
-from rest_gateway.schemas import openapi
+from rest_gateway.schemas import openapi, openapi_jobs
 from tests.unit.rest_gateway.fake_router import FakeRouter, failing, failing_by_model, sum_answers
+from tests.unit.rest_gateway.jobs.fake_store import FakeStore
 
 pytestmark = pytest.mark.anyio
 
@@ -25,10 +25,15 @@ BOB = {"vector": [1.5, -2.5], "model_name": "model-b", "agent_type": "trader"}
 BAD = {"vector": [], "model_name": "model-a"}
 
 
-def client_of(
-    router: FakeRouter, settings: Settings | None = None, open_requests: OpenRequests | None = None
-) -> httpx.AsyncClient:
-    app = create_app(router, settings or Settings(), open_requests)
+def parts_of(router: FakeRouter, settings: Settings | None = None) -> Parts:
+    """With a worker that has looked for jobs, and does no more."""
+    parts = make_parts(router, FakeStore(), settings or Settings())
+    parts.worker.has_tried_to_claim = True
+    return parts
+
+
+def client_of(router: FakeRouter, settings: Settings | None = None, parts: Parts | None = None) -> httpx.AsyncClient:
+    app = create_app(parts or parts_of(router, settings), settings or Settings())
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
 
 
@@ -206,7 +211,9 @@ async def test_a_bug_in_mid_stream_tells_the_rest_and_the_log(accept: str, caplo
         (b"{}", {"Content-Encoding": "gzip"}, 415, "Content-Encoding"),
         (b"{}", {}, 422, "exactly one of agents and text"),
         (b'{"text": "hi", "agents": {}}', {}, 422, "exactly one of agents and text"),
-        (b'{"text": "hi"}', {}, 501, "not available in this version"),
+        (b'{"text": " "}', {}, 422, "text is blank"),
+        (b'{"text": "hi"}', {"Accept": "text/event-stream"}, 406, "its events are at /jobs/{job_id}/events"),
+        (b'{"text": "hi"}', {"Idempotency-Key": "a b"}, 422, "the Idempotency-Key must be a quoted string"),
         (b'{"agents": {"a": {}, "a": {}}}', {}, 422, 'the name "a" more than once'),
         (b'{"agents": {"\\ud800": {"model_name": "m", "vector": [1]}}}', {}, 422, "lone surrogate"),
         (b'{"agents": {"a": {"model_name": "m", "vector": [1e999]}}}', {}, 422, "not finite as a float32"),
@@ -245,7 +252,7 @@ async def test_a_wrong_method_is_told_the_right_ones(method: str, path: str, all
     assert response.json()["title"] == "Method Not Allowed"
 
 
-@pytest.mark.parametrize("path", ["/nope", "/predict/", "/jobs", "/%00", "/%ff%fe"])
+@pytest.mark.parametrize("path", ["/nope", "/predict/", "/jobs/", "/jobs/1/2", "/%00", "/%ff%fe"])
 async def test_an_unknown_path_is_a_404_problem(path: str) -> None:
     async with client_of(FakeRouter()) as client:
         response = await client.get(path)
@@ -332,23 +339,37 @@ async def test_health_says_that_the_loop_turns(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("is_connected", "is_draining", "status", "body"),
+    ("is_connected", "has_tried", "is_draining", "status", "body"),
     [
-        (True, False, 200, {"status": "ready", "router": "connected"}),
-        (False, False, 503, {"status": "not ready", "router": "unreachable"}),
-        (True, True, 503, {"status": "draining", "router": "connected"}),
-        (False, True, 503, {"status": "draining", "router": "unreachable"}),
+        (True, True, False, 200, {"status": "ready", "router": "connected"}),
+        (False, True, False, 503, {"status": "not ready", "router": "unreachable"}),
+        (True, False, False, 503, {"status": "not ready", "router": "connected"}),
+        (True, True, True, 503, {"status": "draining", "router": "connected"}),
+        (False, False, True, 503, {"status": "draining", "router": "unreachable"}),
     ],
 )
-async def test_readiness_names_the_router(
-    is_connected: bool, is_draining: bool, status: int, body: dict[str, str]
+async def test_readiness_needs_a_router_and_a_look_for_jobs(
+    is_connected: bool, has_tried: bool, is_draining: bool, status: int, body: dict[str, str]
 ) -> None:
-    open_requests = OpenRequests()
-    open_requests.is_draining = is_draining
-    async with client_of(FakeRouter(is_connected=is_connected), open_requests=open_requests) as client:
+    router = FakeRouter(is_connected=is_connected)
+    parts = parts_of(router)
+    parts.worker.has_tried_to_claim = has_tried
+    if is_draining:
+        parts.open_requests.start_drain()
+    async with client_of(router, parts=parts) as client:
         response = await client.get("/readyz")
-    assert (response.status_code, response.json()) == (status, body)
+    assert (response.status_code, response.json()) == (status, body | {"database": "unknown"})
     assert ("close" in response.headers.get("connection", "")) is is_draining
+
+
+@pytest.mark.parametrize(("is_away", "database"), [(True, "away"), (False, "connected"), (None, "unknown")])
+async def test_readiness_names_the_database_and_does_without_it(is_away: bool | None, database: str) -> None:
+    router = FakeRouter()
+    parts = parts_of(router)
+    parts.worker.is_database_away = is_away
+    async with client_of(router, parts=parts) as client:
+        response = await client.get("/readyz")
+    assert (response.status_code, response.json()["database"]) == (200, database)
 
 
 async def test_the_front_page_leads_to_the_documentation() -> None:
@@ -370,7 +391,9 @@ async def test_the_documentation_needs_nothing_from_the_internet() -> None:
 @pytest.mark.parametrize("accept", list(openapi.PREDICT_RESPONSES[200]["content"]))
 async def test_every_example_of_a_request_works(name: str, accept: str) -> None:
     example = openapi.PREDICT_BODY["content"]["application/json"]["examples"][name]["value"]
-    assert (await predict(FakeRouter(), example, headers={"Accept": accept})).status_code in (200, 207)
+    response = await predict(FakeRouter(), example, headers={"Accept": accept})
+    is_job_to_be_streamed = "text" in example and accept != "application/json"
+    assert response.status_code in ((406,) if is_job_to_be_streamed else (200, 202, 207))
 
 
 def as_the_mock(blocks: Sequence[pb.Block]) -> list[pb.Answer]:
@@ -432,10 +455,11 @@ async def test_the_example_of_every_problem_is_a_problem() -> None:
 async def test_the_api_document_has_all_answers_and_no_dangling_reference() -> None:
     async with client_of(FakeRouter()) as client:
         document = (await client.get("/openapi.json")).json()
-    assert set(document["paths"]) == {"/predict", "/healthz", "/readyz", "/metrics"}
+    jobs = {path for _, path in openapi_jobs.JOB_OPERATIONS}
+    assert set(document["paths"]) == {"/predict", "/healthz", "/readyz", "/metrics"} | jobs
     assert set(document["paths"]["/predict"]["post"]["responses"]) == {
-        str(status) for status in openapi.PREDICT_RESPONSES
+        str(status) for status in [*openapi.PREDICT_RESPONSES, 202]
     }
     references = {part.split('"')[0] for part in json.dumps(document).split('"#/components/schemas/')[1:]}
     assert references <= set(document["components"]["schemas"])
-    assert {"PredictRequest", "PredictResponse", "Problem"} <= references
+    assert {"PredictRequest", "PredictResponse", "Problem", "JobReceipt", "JobOut", "JobPage"} <= references

@@ -111,14 +111,16 @@ def test_the_database_is_named_without_a_prefix(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("url", ["mysql://me:secret@db/jobs", "secret", "sqlite://", "sqlite:///", "postgresql:secret"])
 def test_a_bad_database_is_refused_without_showing_its_password(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("DATABASE_URL", url)
-    with pytest.raises(ConfigError, match="^DATABASE_URL: must begin with sqlite:///") as caught:
+    with pytest.raises(ConfigError, match=r"^DATABASE_URL: must begin with sqlite:///") as caught:
         load_settings()
     assert "secret" not in str(caught.value)
 
 
 def test_several_processes_on_one_sqlite_file_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATEWAY_WORKERS", "2")
-    with pytest.raises(ConfigError, match=r"^GATEWAY_WORKERS=2 needs .* DATABASE_URL=postgresql://.*GATEWAY_WORKERS=1$"):
+    with pytest.raises(
+        ConfigError, match=r"^GATEWAY_WORKERS=2 needs .* DATABASE_URL=postgresql://.*GATEWAY_WORKERS=1$"
+    ):
         load_settings()
     monkeypatch.setenv("DATABASE_URL", "postgres://db/jobs")
     assert load_settings().workers == 2

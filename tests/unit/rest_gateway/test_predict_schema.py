@@ -10,17 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rest_gateway.errors import GatewayError, InvalidRequestError, NotJsonError, NotServedError
-from rest_gateway.schemas.predict import Limits, PredictCall, parse_predict
+from rest_gateway.errors import GatewayError, InvalidRequestError, NotJsonError
+from rest_gateway.schemas.predict import Limits, PredictCall, TextCall, parse_predict
 
-LIMITS = Limits(max_agents=4, max_vector_length=8, max_name_length=10)
+LIMITS = Limits(max_agents=4, max_vector_length=8, max_name_length=10, max_text_length=20)
 GOOD = '{"vector": [1], "model_name": "m"}'
 
 
-def parse(body: str | bytes | dict[str, Any], limits: Limits = LIMITS) -> PredictCall:
+def parse_any(body: str | bytes | dict[str, Any], limits: Limits = LIMITS) -> PredictCall | TextCall:
     """In a text, GOOD stands for an agent without fault."""
     text = json.dumps(body) if isinstance(body, dict) else body
     return parse_predict(text.replace("GOOD", GOOD).encode() if isinstance(text, str) else text, limits)
+
+
+def parse(body: str | bytes | dict[str, Any], limits: Limits = LIMITS) -> PredictCall:
+    call = parse_any(body, limits)
+    assert isinstance(call, PredictCall)
+    return call
 
 
 BODY_FAULTS: list[tuple[str, type[GatewayError], str]] = [
@@ -39,7 +45,17 @@ BODY_FAULTS: list[tuple[str, type[GatewayError], str]] = [
     ('{"agents": null}', InvalidRequestError, "exactly one of agents and text"),
     ('{"agents": {"a": GOOD}, "text": "hi"}', InvalidRequestError, "exactly one of agents and text"),
     ('{"agents": {}, "text": ""}', InvalidRequestError, "exactly one of agents and text"),
-    ('{"text": "hi"}', NotServedError, "not available in this version"),
+    ('{"text": ""}', InvalidRequestError, "text is empty"),
+    ('{"text": " \\t\\n\\u00a0\\u2028"}', InvalidRequestError, "text is blank"),
+    ('{"text": "aaaaaaaaaaaaaaaaaaaaa"}', InvalidRequestError, "text has 21 characters, more than 20"),
+    ('{"text": "a\\u0000"}', InvalidRequestError, r"text contains U\+0000"),
+    ('{"text": "\\ud83d"}', InvalidRequestError, "text contains a lone surrogate"),
+    ('{"text": 5}', InvalidRequestError, "text must be a string, not a number"),
+    ('{"text": ["hi"]}', InvalidRequestError, "text must be a string, not a list"),
+    ('{"text": "hi", "text": "ho"}', InvalidRequestError, 'has "text" more than once'),
+    ('{"text": "hi", "timeout_s": 0}', InvalidRequestError, "timeout_s must be a finite"),
+    ('{"text": "hi", "explain": 1}', InvalidRequestError, "explain must be true or false"),
+    ('{"text": "hi", "priority_class": "x"}', InvalidRequestError, '"interactive" or "batch"'),
     ('{"agents": {}}', InvalidRequestError, "agents is empty"),
     ('{"agents": []}', InvalidRequestError, "agents must be an object of agents by name, not a list"),
     ('{"agents": "alice"}', InvalidRequestError, "not a string"),
@@ -75,6 +91,19 @@ BODY_FAULTS: list[tuple[str, type[GatewayError], str]] = [
 def test_a_fault_of_the_body_refuses_it_whole(body: str, error: type[GatewayError], fragment: str) -> None:
     with pytest.raises(error, match=fragment):
         parse(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "call"),
+    [
+        ('{"text": "hi"}', TextCall("hi", None)),
+        ('{"text": " a: b ", "agents": null, "timeout_s": 3, "x": {"text": 1}}', TextCall(" a: b ", 3.0)),
+        ('{"text": "aaaaaaaaaaaaaaaaaaaa"}', TextCall("a" * 20, None)),
+        ('{"text": "\\ud83d\\ude00"}', TextCall("😀", None)),
+    ],
+)
+def test_a_text_stands_as_it_was_written(body: str, call: TextCall) -> None:
+    assert parse_any(body) == call
 
 
 AGENT_FAULTS: list[tuple[str, str]] = [
