@@ -9,6 +9,8 @@ from rest_gateway.errors import InvalidRequestError
 
 MAX_WAIT_S = 60
 MAX_KEY_LENGTH = 255
+# A longer header is no preference; quotes that never end would cost its length squared.
+MAX_PREFER_LENGTH = 1000
 # A comma or semicolon inside of a quoted string separates nothing.
 _PREFERENCE = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^,"])+')
 _VALUE = re.compile(r'\s*([\w!#$%&\'*+.^`|~-]+)\s*(?:=\s*("(?:[^"\\]|\\.)*"|[^\s;,"]*))?\s*(?:;.*)?', re.DOTALL)
@@ -31,8 +33,9 @@ class Preferences:
 
 def read_preferences(headers: Headers) -> Preferences:
     """What is not understood is no preference; of two equal names the first counts. A wait over 60 s is one of 60 s."""
+    text = ",".join(headers.getlist("prefer"))
     found: dict[str, str] = {}
-    for part in _PREFERENCE.findall(",".join(headers.getlist("prefer"))):
+    for part in _PREFERENCE.findall(text) if len(text) <= MAX_PREFER_LENGTH else ():
         if match := _VALUE.fullmatch(part):
             found.setdefault(match[1].lower(), (match[2] or "").strip('"'))
     wait = found.get("wait", "")

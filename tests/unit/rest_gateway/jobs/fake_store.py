@@ -165,7 +165,7 @@ class FakeStore:
 
     async def reap(self) -> Reaped:
         await self._enter("reap")
-        lost, abandoned, expired = [], [], []
+        lost, abandoned, expired = list[UUID](), list[UUID](), list[UUID]()
         for job_id, row in self.rows.items():
             if row.job.status in LIVE and now_s() >= row.deadline_s:
                 expired.append(job_id)
