@@ -340,13 +340,13 @@ class Server(uvicorn.Server):
     @property
     def drain_left_s(self) -> float:
         """What is left of a drain's time; 0 without one."""
-        return max(0.0, self._drained_at_s - self._loop.time())
+        return max(0.0, self._drained_at_s - asyncio.get_running_loop().time())
 
     def start_drain(self, delay_s: float | None = None) -> None:
         """Begins the drain, with the settings' delay by default; a second call changes nothing."""
         if self._drain_task is None:
             delay_s = self._settings.drain_delay_s if delay_s is None else delay_s
-            self._drained_at_s = self._loop.time() + delay_s + self._settings.drain_timeout_s
+            self._drained_at_s = asyncio.get_running_loop().time() + delay_s + self._settings.drain_timeout_s
             self._drain_task = asyncio.create_task(self._drain(delay_s), name="drain")
 
     def refuse_new(self) -> None:

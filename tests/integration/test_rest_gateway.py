@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from rest_gateway.app import Server, create_app
+from rest_gateway.app import GatewayRouter, Server, create_app, make_parts
 from rest_gateway.config import Settings
+from rest_gateway.jobs.records import JobStore
 from rest_gateway.listener import bind
 from rest_gateway.routes.lifetime import OpenRequests
-from rest_gateway.routes.router import Router
 from router_client import RouterClient
 from tests import fakes
 from tests.unit.rest_gateway.fake_router import FakeRouter
+from tests.unit.rest_gateway.jobs.fake_store import FakeStore
 
 pytestmark = pytest.mark.anyio
 
@@ -51,19 +52,21 @@ class Gateway:
 
 
 @contextlib.asynccontextmanager
-async def gateway_of(router: Router, **changes: object) -> AsyncIterator[Gateway]:
+async def gateway_of(router: GatewayRouter, store: JobStore | None = None, **changes: object) -> AsyncIterator[Gateway]:
     quick = {"listen": "127.0.0.1:0", "drain_delay_s": 0, "log_requests": "all"}
     settings = Settings.model_validate(quick | changes)
-    open_requests = OpenRequests()
     listener = bind(settings)
     host, port = listener.getsockname()
-    server = Server(create_app(router, settings, open_requests), settings, open_requests)
+    parts = make_parts(router, store or FakeStore(), settings)
+    server = Server(create_app(parts, settings), settings, parts.open_requests)
+    parts.worker.start()
     served = asyncio.create_task(server.serve([listener]))
     try:
-        yield Gateway(server, open_requests, served, host, port)
+        yield Gateway(server, parts.open_requests, served, host, port)
     finally:
         server.should_exit = True
         await served
+        await parts.worker.drain(server.drain_left_s)
 
 
 class RawClient:
@@ -393,11 +396,19 @@ async def test_a_stream_that_is_open_at_the_end_of_the_drain_tells_the_rest(acce
 async def test_without_a_router_the_answer_is_503_after_the_wait() -> None:
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         target = f"127.0.0.1:{nobody.getsockname()[1]}"
-    async with RouterClient(target, router_wait_s=0.2) as router, gateway_of(router) as gateway, gateway.http() as http:
+    async with (
+        RouterClient(target, router_wait_s=0.2) as router,
+        gateway_of(router) as gateway,  # type: ignore[arg-type]  # until the client has infer_tensors
+        gateway.http() as http,
+    ):
         response = await http.post("/predict", json=TWO_AGENTS)
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
         assert {error["code"] for error in response.json()["errors"].values()} == {"UNAVAILABLE"}
-        assert (await http.get("/readyz")).json() == {"status": "not ready", "router": "unreachable"}
+        assert (await http.get("/readyz")).json() == {
+            "status": "not ready",
+            "router": "unreachable",
+            "database": "connected",
+        }
 
 
 async def test_with_a_router_every_agent_gets_its_own_answer_in_every_form() -> None:
@@ -405,7 +416,7 @@ async def test_with_a_router_every_agent_gets_its_own_answer_in_every_form() -> 
     async with (
         fakes.FakeRouter(script=fakes.echo) as backend,
         RouterClient(backend.target) as router,
-        gateway_of(router) as gateway,
+        gateway_of(router) as gateway,  # type: ignore[arg-type]  # until the client has infer_tensors
         gateway.http() as http,
     ):
         assert await router.wait_connected(10)
@@ -419,4 +430,6 @@ async def test_with_a_router_every_agent_gets_its_own_answer_in_every_form() -> 
         assert {event["agent"]: event["output"] for event in events} == {
             name: result["output"] for name, result in whole["results"].items()
         }
-        assert (await http.get("/readyz")).status_code == 200
+        async with asyncio.timeout(10):
+            while (await http.get("/readyz")).status_code != 200:  # it has looked for jobs
+                pass
