@@ -11,22 +11,27 @@ Knows no jobs. What is asked of a database that is away, frozen or being restart
 A caller that is cancelled, or too late, leaves its transaction to its end: cancelling a statement midway leaves
 open whether it was done. `orphaned` is then told the result that nobody waits for.
 
-SQLite has one writer: a connection of its own, whose transactions begin by taking the file's write lock; readers see
-the last commit and never wait. PostgreSQL: one pool; single statements need no BEGIN and COMMIT around them.
+A transaction is a plain function of a connection, the same for both engines. On SQLite it runs in a thread, from BEGIN
+to COMMIT in one go: a hop between threads costs more than a statement. There is one writer, a thread with a connection
+of its own, whose transactions begin by taking the file's write lock; readers see the last commit and never wait. On
+PostgreSQL it runs on the loop over one pool of asyncpg connections (SQLAlchemy's greenlets do the waiting); single
+statements need no BEGIN and COMMIT around them.
 """
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import asyncpg
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from rest_gateway.jobs import schema
 from rest_gateway.jobs.filelock import FileLock
@@ -35,7 +40,8 @@ from rest_gateway.jobs.records import StoreError, StoreSettings, StoreUnavailabl
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Work = Callable[[AsyncConnection], Awaitable[T]]
+Work = Callable[[sa.Connection], T]
+Orphaned = Callable[[T], Awaitable[None]]
 
 # Every wait of one statement ends before its caller gives up.
 _STATEMENT_SHARE: Final = 0.8
@@ -53,60 +59,61 @@ class Database:
         self._settings = settings
         self.is_sqlite = is_sqlite(settings.url)
         self._lock = FileLock(sqlite_path(settings.url)) if self.is_sqlite else None
-        # Transactions, and single statements; on SQLite writes, and reads.
-        self._writer: AsyncEngine | None = None
-        self._reader: AsyncEngine | None = None
+        # Transactions, single statements, reads; None while closed.
+        self._lanes: _Lanes | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        # Loop time of the last failure.
+        # Monotonic time of the last failure.
         self._failed_at_s = float("-inf")
 
     async def open(self) -> None:
         """Makes the engines, no connection yet. Raises StoreInUse; StoreError where SQLite has no place to write."""
         if self._lock is not None:
             _make_place(sqlite_path(self._settings.url), self._lock)
-            self._writer = _sqlite_engine(self._settings, begin="BEGIN IMMEDIATE", pool_size=1)
-            self._reader = _sqlite_engine(self._settings, begin="BEGIN", pool_size=2)
+            writer = _Threads(_sqlite_engine(self._settings, begin="BEGIN IMMEDIATE", threads=1), 1)
+            self._lanes = _Lanes(writer, writer, _Threads(_sqlite_engine(self._settings, begin="BEGIN", threads=2), 2))
         else:
-            self._writer = postgresql_engine(self._settings)
-            self._reader = self._writer.execution_options(isolation_level="AUTOCOMMIT")
+            engine = postgresql_engine(self._settings)
+            single = _Pool(engine.execution_options(isolation_level="AUTOCOMMIT"))
+            self._lanes = _Lanes(_Pool(engine), single, single)
 
     async def aclose(self) -> None:
         """Waits for transactions under way, closes everything."""
         while self._tasks:
             await asyncio.wait(self._tasks)
-        for engine in {self._writer, self._reader if self.is_sqlite else None} - {None}:
-            await engine.dispose()  # type: ignore[union-attr]
-        self._writer = self._reader = None
+        if self._lanes is not None:
+            for lane in dict.fromkeys(self._lanes):
+                await lane.aclose()
+        self._lanes = None
         if self._lock is not None:
             self._lock.release()
 
     async def prepare(self, *, should_migrate: bool) -> tuple[str | None, str | None]:
         """Migrates the tables, or checks them; returns their version before and after. Raises SchemaError."""
+        work = partial(schema.prepare, should_migrate=should_migrate)
         if self.is_sqlite:
-            assert self._writer is not None, "the store is not open: this is a bug"
-            return await self._attempt(self._writer, partial(schema.prepare, should_migrate=should_migrate))
+            return await self._attempt(self._open_lanes.transactions, work)
         # Somebody else's migration, or a long one, may take its time.
-        engine = postgresql_engine(self._settings, is_patient=True)
+        patient = _Pool(postgresql_engine(self._settings, is_patient=True))
         try:
-            return await self._attempt(engine, partial(schema.prepare, should_migrate=should_migrate))
+            return await self._attempt(patient, work)
         finally:
-            await engine.dispose()
+            await patient.aclose()
 
-    async def transaction(self, work: Work[T], orphaned: Callable[[T], Awaitable[None]] | None = None) -> T:
+    async def transaction(self, work: Work[T], orphaned: Orphaned[T] | None = None) -> T:
         """Runs `work` in a transaction that is durable when this returns."""
-        return await self._run(self._writer, work, orphaned)
+        return await self._run(self._open_lanes.transactions, work, orphaned)
 
-    async def statement(self, work: Work[T], orphaned: Callable[[T], Awaitable[None]] | None = None) -> T:
+    async def statement(self, work: Work[T], orphaned: Orphaned[T] | None = None) -> T:
         """The same for `work` that is a single statement."""
-        return await self._run(self._writer if self.is_sqlite else self._reader, work, orphaned)
+        return await self._run(self._open_lanes.statements, work, orphaned)
 
     async def read(self, work: Work[T]) -> T:
         """Runs `work`, a single statement that writes nothing."""
-        return await self._run(self._reader, work, None)
+        return await self._run(self._open_lanes.reads, work, None)
 
     def has_failed_within(self, seconds: float) -> bool:
         """Whether the database was away so lately."""
-        return asyncio.get_running_loop().time() - self._failed_at_s < seconds
+        return time.monotonic() - self._failed_at_s < seconds
 
     def spawn(self, work: Coroutine[Any, Any, T], name: str) -> "asyncio.Task[T]":
         """A task that `aclose` waits for."""
@@ -115,11 +122,13 @@ class Database:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _run(
-        self, engine: AsyncEngine | None, work: Work[T], orphaned: Callable[[T], Awaitable[None]] | None
-    ) -> T:
-        assert engine is not None, "the store is not open: this is a bug"
-        task = self.spawn(self._attempt(engine, work), "job store transaction")
+    @property
+    def _open_lanes(self) -> "_Lanes":
+        assert self._lanes is not None, "the store is not open: this is a bug"
+        return self._lanes
+
+    async def _run(self, lane: "_Lane", work: Work[T], orphaned: Orphaned[T] | None) -> T:
+        task = self.spawn(self._attempt(lane, work), "job store transaction")
         try:
             await asyncio.wait({task}, timeout=self._settings.timeout_s)
         except asyncio.CancelledError:
@@ -128,10 +137,10 @@ class Database:
         if task.done():
             return task.result()
         self._leave(task, orphaned)
-        self._failed_at_s = asyncio.get_running_loop().time()
+        self._failed_at_s = time.monotonic()
         raise StoreUnavailable(f"the database gave no answer within {self._settings.timeout_s:g} s")
 
-    def _leave(self, task: "asyncio.Task[T]", orphaned: Callable[[T], Awaitable[None]] | None) -> None:
+    def _leave(self, task: "asyncio.Task[T]", orphaned: Orphaned[T] | None) -> None:
         async def end() -> None:
             try:
                 result = await task
@@ -142,31 +151,79 @@ class Database:
 
         self.spawn(end(), "job store orphan")
 
-    async def _attempt(self, engine: AsyncEngine, work: Work[T]) -> T:
+    async def _attempt(self, lane: "_Lane", work: Work[T]) -> T:
         try:
             try:
-                return await _within(engine, work)
+                return await lane.run(work)
             except SQLAlchemyError as exc:
                 if not _may_mend(exc):
                     raise
-            return await _within(engine, work)
+            return await lane.run(work)
         except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as exc:
             if isinstance(exc, _OURS) and _sqlstate(exc) not in _NO_TABLES:
                 raise
-            self._failed_at_s = asyncio.get_running_loop().time()
+            self._failed_at_s = time.monotonic()
             raise StoreUnavailable(f"the database failed: {_reason(exc)}") from exc
 
 
-async def _within(engine: AsyncEngine, work: Work[T]) -> T:
-    async with engine.connect() as connection:
-        try:
-            async with connection.begin():
-                return await work(connection)
-        except Exception as exc:
-            # The driver's own timeout leaves a connection of which nothing is known; a standby's is of no use.
-            if isinstance(exc, OSError) or (isinstance(exc, DBAPIError) and _sqlstate(exc) == "25006"):
-                await connection.invalidate(exc)
-            raise
+class _Lane(Protocol):
+    """Where transactions run."""
+
+    async def run(self, work: Work[T]) -> T:
+        """Runs it between BEGIN and COMMIT."""
+
+    async def aclose(self) -> None:
+        """Closes the connections."""
+
+
+class _Lanes(NamedTuple):
+    transactions: _Lane
+    statements: _Lane  # of one statement that writes
+    reads: _Lane  # of one statement that does not
+
+
+class _Pool:
+    """PostgreSQL, on the loop."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    async def run(self, work: Work[T]) -> T:
+        """See _Lane."""
+        async with self._engine.connect() as connection:
+            try:
+                async with connection.begin():
+                    return await connection.run_sync(work)
+            except Exception as exc:
+                # The driver's own timeout leaves a connection of which nothing is known; a standby's is of no use.
+                if isinstance(exc, OSError) or _sqlstate(exc) == "25006":
+                    await connection.invalidate(exc)
+                raise
+
+    async def aclose(self) -> None:
+        """See _Lane."""
+        await self._engine.dispose()
+
+
+class _Threads:
+    """SQLite, in threads of its own, each with a connection."""
+
+    def __init__(self, engine: sa.Engine, threads: int) -> None:
+        self._engine = engine
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="job store")
+
+    async def run(self, work: Work[T]) -> T:
+        """See _Lane."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._run, work)
+
+    def _run(self, work: Work[T]) -> T:
+        with self._engine.begin() as connection:
+            return work(connection)
+
+    async def aclose(self) -> None:
+        """See _Lane. The last connection to close writes the log into the database."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._engine.dispose)
+        self._executor.shutdown()
 
 
 def _may_mend(exc: SQLAlchemyError) -> bool:
@@ -215,12 +272,11 @@ def _make_place(path: Path, lock: FileLock) -> None:
         raise StoreError(f"cannot keep jobs in {path}: {exc.strerror or exc}") from exc
 
 
-def _sqlite_engine(settings: StoreSettings, *, begin: str, pool_size: int) -> AsyncEngine:
-    engine = create_async_engine(
-        f"sqlite+aiosqlite:///{sqlite_path(settings.url)}",
-        pool_size=pool_size,
+def _sqlite_engine(settings: StoreSettings, *, begin: str, threads: int) -> sa.Engine:
+    engine = sa.create_engine(
+        f"sqlite:///{sqlite_path(settings.url)}",
+        pool_size=threads,
         max_overflow=0,
-        pool_timeout=settings.timeout_s * _STATEMENT_SHARE,
         # None: the driver begins nothing by itself, `begin` does.
         connect_args={"isolation_level": None, "timeout": settings.timeout_s * _STATEMENT_SHARE},
     )
@@ -234,8 +290,8 @@ def _sqlite_engine(settings: StoreSettings, *, begin: str, pool_size: int) -> As
     def begin_with(connection: sa.Connection) -> None:
         connection.exec_driver_sql(begin)
 
-    sa.event.listen(engine.sync_engine, "connect", set_up)
-    sa.event.listen(engine.sync_engine, "begin", begin_with)
+    sa.event.listen(engine, "connect", set_up)
+    sa.event.listen(engine, "begin", begin_with)
     return engine
 
 

@@ -4,12 +4,10 @@ Several processes may start at once on one PostgreSQL: an advisory lock lets one
 A step either happens wholly or not at all, since both engines take DDL back with its transaction.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from rest_gateway.jobs.records import SchemaError
 
@@ -22,23 +20,19 @@ VERSION_TABLE: Final = "jobs_version"
 _LOCK: Final = 0x6A6F6273
 
 
-async def prepare(connection: AsyncConnection, *, should_migrate: bool) -> tuple[str | None, str]:
+def prepare(connection: sa.Connection, *, should_migrate: bool) -> tuple[str | None, str]:
     """Brings the tables to the program's version within the connection's transaction, or only checks them.
 
     Returns their version before and after. Raises SchemaError when they are newer than the program, or are older and
     must not be migrated.
     """
-    if should_migrate and connection.dialect.name == "postgresql":
-        await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
-    return await connection.run_sync(partial(_prepare, should_migrate=should_migrate))
-
-
-def _prepare(connection: sa.Connection, *, should_migrate: bool) -> tuple[str | None, str]:
     # Alembic takes 0.2 s to import, and a process that only reads settings needs none of it.
     from alembic import command  # noqa: PLC0415
     from alembic.runtime.migration import MigrationContext  # noqa: PLC0415
     from alembic.script import ScriptDirectory  # noqa: PLC0415
 
+    if should_migrate and connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
     config = _config(connection)
     scripts = ScriptDirectory.from_config(config)
     head = scripts.get_current_head()

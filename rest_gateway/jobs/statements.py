@@ -106,9 +106,9 @@ _keys = records("keys", "tenant", "idempotency_key")
 BY_KEY: Final = sa.select(*JOB, jobs.c.idempotency_key, jobs.c.fingerprint).join(
     _keys, sa.and_(jobs.c.tenant == _keys.c.tenant, jobs.c.idempotency_key == _keys.c.idempotency_key)
 )
-# Counted only as far as it matters.
+# Counted only as far as it matters. Without the order SQLite would count in `jobs_page`, past every finished job.
 COUNT_WAITING: Final = sa.select(sa.func.count()).select_from(
-    sa.select(jobs.c.id).where(_is(SOURCES[Event.CLAIM])).limit(_LIMIT).subquery()
+    sa.select(jobs.c.id).where(_is(SOURCES[Event.CLAIM])).order_by(jobs.c.not_before).limit(_LIMIT).subquery()
 )
 
 # --- workers

@@ -14,7 +14,6 @@ from typing import Any, Final, cast
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from rest_gateway.jobs import statements
 from rest_gateway.jobs.commits import GroupCommit
@@ -80,7 +79,7 @@ class SqlJobStore:
         # Whether the tables are known to be this program's, and the task that finds out.
         self._is_prepared = False
         self._preparing: asyncio.Task[None] | None = None
-        # The waiting jobs when they were last counted (loop time), and what this process has changed since.
+        # The waiting jobs when they were last counted (monotonic), and what this process has changed since.
         self._waiting = 0
         self._counted_at_s = float("-inf")
 
@@ -133,42 +132,42 @@ class SqlJobStore:
         self._waiting += sum(isinstance(a, Submitted) and a.is_new and a.claimed is None for a in answers)
         return answers
 
-    async def _insert(self, connection: AsyncConnection, entries: Sequence[_Entry]) -> list[Submitted | Exception]:
+    def _insert(self, connection: sa.Connection, entries: Sequence[_Entry]) -> list[Submitted | Exception]:
         refused: set[_Entry] = set()
         known: dict[tuple[str, str], sa.Row[Any]] = {}
         waiting = [entry for entry in entries if entry.worker is None]
-        if len(waiting) > await self._room(connection, len(waiting)):
-            known = await _find_keys(connection, waiting)
+        if len(waiting) > self._room(connection, len(waiting)):
+            known = _find_keys(connection, waiting)
             new = [entry for entry in waiting if entry.key not in known]
-            refused = set(new[max(0, await self._room(connection, len(new))) :])
+            refused = set(new[max(0, self._room(connection, len(new))) :])
         # In one order everywhere: two transactions that insert the same keys must not wait for each other.
         chosen = [entry for entry in entries if entry.key not in known and entry not in refused]
         chosen.sort(key=lambda entry: entry.key or ("", ""))
         if chosen:
             parameters = [_parameters(entry, self._settings.lease_s) for entry in chosen]
-            await connection.execute(statements.INSERT[connection.dialect.name], parameters)
-        stored = await _find_ids(connection, [entry.id for entry in chosen])
-        known |= await _find_keys(connection, [entry for entry in chosen if entry.id not in stored])
+            connection.execute(statements.INSERT[connection.dialect.name], parameters)
+        stored = _find_ids(connection, [entry.id for entry in chosen])
+        known |= _find_keys(connection, [entry for entry in chosen if entry.id not in stored])
         return [_answer(entry, stored.get(entry.id), known, is_refused=entry in refused) for entry in entries]
 
-    async def _room(self, connection: AsyncConnection, wanted: int) -> int:
+    def _room(self, connection: sa.Connection, wanted: int) -> int:
         """How many more may wait; counted anew when the last count is old, sooner when it would not do."""
-        age_s = asyncio.get_running_loop().time() - self._counted_at_s
+        age_s = time.monotonic() - self._counted_at_s
         is_full = self._waiting + wanted > self._settings.max_waiting
         if age_s > (FULL_COUNT_AGE_S if is_full else COUNT_AGE_S):
-            await self._count(connection)
+            self._count(connection)
         return self._settings.max_waiting - self._waiting
 
-    async def _count(self, connection: AsyncConnection) -> int:
-        result = await connection.execute(statements.COUNT_WAITING, {"limit": self._settings.max_waiting + 1})
+    def _count(self, connection: sa.Connection) -> int:
+        result = connection.execute(statements.COUNT_WAITING, {"limit": self._settings.max_waiting + 1})
         self._waiting = result.scalar_one()
-        self._counted_at_s = asyncio.get_running_loop().time()
+        self._counted_at_s = time.monotonic()
         return self._waiting
 
     async def waiting(self) -> int:
         """See JobStore."""
         await self.prepare()
-        if asyncio.get_running_loop().time() - self._counted_at_s < COUNT_AGE_S:
+        if time.monotonic() - self._counted_at_s < COUNT_AGE_S:
             return self._waiting
         return await self._database.read(self._count)
 
@@ -243,12 +242,12 @@ class SqlJobStore:
         self._waiting += len(reaped.lost)
         return reaped
 
-    async def _reap(self, connection: AsyncConnection, *, may_lose: bool) -> Reaped:
+    def _reap(self, connection: sa.Connection, *, may_lose: bool) -> Reaped:
         chunk = {"limit": REAP_CHUNK}
         leases = chunk | {"max_lost_leases": self._settings.max_lost_leases}
-        expired = await _rows(connection, statements.EXPIRE, chunk)
-        abandoned = await _rows(connection, statements.ABANDON, leases) if may_lose else []
-        lost = await _rows(connection, statements.LOSE, leases) if may_lose else []
+        expired = _rows(connection, statements.EXPIRE, chunk)
+        abandoned = _rows(connection, statements.ABANDON, leases) if may_lose else []
+        lost = _rows(connection, statements.LOSE, leases) if may_lose else []
         return Reaped(*([row.id for row in rows] for rows in (lost, abandoned, expired)))
 
     async def purge(self, retention_s: float, chunk: int) -> int:
@@ -314,23 +313,21 @@ class SqlJobStore:
         return Page(jobs, Cursor(jobs[-1].created_at, jobs[-1].id) if has_more else None)
 
 
-async def _rows(
-    connection: AsyncConnection, statement: sa.Executable, parameters: Mapping[str, Any]
-) -> Sequence[sa.Row[Any]]:
-    return (await connection.execute(statement, parameters)).all()
+def _rows(connection: sa.Connection, statement: sa.Executable, parameters: Mapping[str, Any]) -> Sequence[sa.Row[Any]]:
+    return connection.execute(statement, parameters).all()
 
 
-async def _find_ids(connection: AsyncConnection, ids: Iterable[UUID]) -> dict[UUID, sa.Row[Any]]:
+def _find_ids(connection: sa.Connection, ids: Iterable[UUID]) -> dict[UUID, sa.Row[Any]]:
     parameters = {"ids": json_records({"id": job_id} for job_id in ids)}
-    return {row.id: row for row in await _rows(connection, statements.BY_ID, parameters)}
+    return {row.id: row for row in _rows(connection, statements.BY_ID, parameters)}
 
 
-async def _find_keys(connection: AsyncConnection, entries: Iterable[_Entry]) -> dict[tuple[str, str], sa.Row[Any]]:
+def _find_keys(connection: sa.Connection, entries: Iterable[_Entry]) -> dict[tuple[str, str], sa.Row[Any]]:
     keys = {entry.key for entry in entries if entry.key is not None}
     if not keys:
         return {}
     parameters = {"keys": json_records({"tenant": tenant, "idempotency_key": key} for tenant, key in keys)}
-    return {(row.tenant, row.idempotency_key): row for row in await _rows(connection, statements.BY_KEY, parameters)}
+    return {(row.tenant, row.idempotency_key): row for row in _rows(connection, statements.BY_KEY, parameters)}
 
 
 def _parameters(entry: _Entry, lease_s: float) -> dict[str, Any]:
@@ -377,10 +374,10 @@ def _claimed(entry: _Entry, stored: sa.Row[Any]) -> Claimed | None:
     )
 
 
-async def _end(connection: AsyncConnection, finished: Sequence[Finished]) -> list[bool | Exception]:
+def _end(connection: sa.Connection, finished: Sequence[Finished]) -> list[bool | Exception]:
     """Locks the rows, sees which attempts may end, ends them."""
     held = _held([(end.id, end.attempt) for end in finished])
-    rows = await _rows(connection, statements.FINISHING, {"held": held})
+    rows = _rows(connection, statements.FINISHING, {"held": held})
     status = {(row.id, row.attempt): row.status for row in rows}
     live = [end for end in finished if status.get((end.id, end.attempt)) == "processing"]
     for statement, parameters in (
@@ -388,7 +385,7 @@ async def _end(connection: AsyncConnection, finished: Sequence[Finished]) -> lis
         (statements.FAIL, [_ended(end) | _error(end.error) for end in live if end.status == "failed"]),
     ):
         if parameters:
-            await connection.execute(statement, parameters)
+            connection.execute(statement, parameters)
     # One that has this end already was written by a transaction whose acknowledgement was lost.
     return [status.get((end.id, end.attempt)) in ("processing", end.status) for end in finished]
 

@@ -97,7 +97,7 @@ def _index(name: str, *columns: str, where: str | None = None, unique: bool = Fa
 
 _index("jobs_page", "tenant", "status", "kind", "created_at", "id")
 _index("jobs_key", "tenant", "idempotency_key", where="idempotency_key IS NOT NULL", unique=True)
-_index("jobs_pending", "not_before", "id", where="status = 'pending'")
+_index("jobs_pending", "not_before", "id", "status", where="status = 'pending'")
 _index("jobs_leases", "lease_until", where="status = 'processing'")
 _index("jobs_deadlines", "deadline_at", where="status IN ('pending', 'processing')")
 _index("jobs_finished", "finished_at", where="finished_at IS NOT NULL")

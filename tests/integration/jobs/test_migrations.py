@@ -12,7 +12,6 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from rest_gateway.jobs.database import Database
 from rest_gateway.jobs.records import SchemaError, StoreInUse, StoreSettings
@@ -43,11 +42,8 @@ async def test_the_migrations_make_the_tables_that_the_statements_know(empty_url
     await database.open()
     assert await database.prepare(should_migrate=True) == (None, "0001")
 
-    async def differences(connection: AsyncConnection) -> list[object]:
-        def compare(sync: sa.Connection) -> list[object]:
-            return list(compare_metadata(MigrationContext.configure(sync), metadata))
-
-        return await connection.run_sync(compare)
+    def differences(connection: sa.Connection) -> list[object]:
+        return list(compare_metadata(MigrationContext.configure(connection), metadata))
 
     try:
         found = await database.transaction(differences)

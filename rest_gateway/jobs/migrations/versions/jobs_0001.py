@@ -39,7 +39,7 @@ def upgrade() -> None:
     )
     _create_index("jobs_page", "tenant", "status", "kind", "created_at", "id")
     _create_index("jobs_key", "tenant", "idempotency_key", where="idempotency_key IS NOT NULL", unique=True)
-    _create_index("jobs_pending", "not_before", "id", where="status = 'pending'")
+    _create_index("jobs_pending", "not_before", "id", "status", where="status = 'pending'")
     _create_index("jobs_leases", "lease_until", where="status = 'processing'")
     _create_index("jobs_deadlines", "deadline_at", where="status IN ('pending', 'processing')")
     _create_index("jobs_finished", "finished_at", where="finished_at IS NOT NULL")
