@@ -86,6 +86,7 @@ class Launcher:
         """Run `python -m` with `arguments`."""
         inherited = {key: value for key, value in os.environ.items() if not _is_foreign(key)}
         inherited["PYTHONPATH"] = str(ROOT)
+        inherited["DATABASE_URL"] = f"sqlite:///{self.directory}/{name}.sqlite3"  # not the one that is in use here
         return await self.stack.enter_async_context(
             running(
                 name,

@@ -21,6 +21,7 @@ import shlex
 import signal
 import socket
 import sys
+import tempfile
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Mapping, Sequence
 
@@ -134,7 +135,13 @@ def say(text: str) -> None:
 
 async def run_with_stack(target: str, arguments: Sequence[str], ghz: str) -> int:
     """Start the stack, load it, tell, stop it."""
-    environment = stack_environment(os.environ, free_ports(len(LISTEN_VARIABLES)))
+    with tempfile.TemporaryDirectory(prefix="load-") as directory:
+        own_database = {"DATABASE_URL": f"sqlite:///{directory}/jobs.sqlite3"}
+        environment = stack_environment(own_database | os.environ, free_ports(len(LISTEN_VARIABLES)))
+        return await _run_with(environment, target, arguments, ghz)
+
+
+async def _run_with(environment: dict[str, str], target: str, arguments: Sequence[str], ghz: str) -> int:
     addresses = read_addresses(environment)
     commands = parse_procfile((ROOT / "Procfile").read_text()).processes
     commands["mock"] += " --quiet"

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 
 import httpx
 
+from tests.acceptance.databases import NO_DATABASE, new_database
+
 
 class Gateway:
     """A running gateway; its log is read line by line."""
@@ -38,8 +40,9 @@ class Gateway:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The test's own environment without its gateway, with these GATEWAY_ variables."""
+    """The test's own environment without its gateway, with these GATEWAY_ variables and a database of its own."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
+    inherited["DATABASE_URL"] = NO_DATABASE if "WORKERS" in variables else new_database()
     quick = {"LISTEN": "127.0.0.1:0", "DRAIN_DELAY_S": "0", "ROUTER": "127.0.0.1:1", "ROUTER_WAIT_S": "0.1"}
     return inherited | {f"GATEWAY_{name}": value for name, value in (quick | variables).items()}
 

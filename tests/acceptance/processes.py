@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.acceptance.databases import new_database
+
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 30
 
@@ -22,7 +24,7 @@ class Program:
         self._process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             cwd=ROOT,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, "DATABASE_URL": new_database(), **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

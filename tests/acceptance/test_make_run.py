@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from tests.acceptance.databases import new_database
 from tools.run import LAST_LINE, ROOT
 
 LAUNCHER = ROOT / "tools/run.py"
@@ -89,6 +90,7 @@ def launched(addresses: Mapping[str, str] | None = None, variables: Mapping[str,
     inherited = {name: value for name, value in os.environ.items() if not re.match("GATEWAY_|ROUTER_|MOCK_", name)}
     addresses = addresses or free_addresses()
     quick = {"MOCK_LATENCY": "0.05", "GATEWAY_DRAIN_DELAY_S": "0.1", "ROUTER_DRAIN_DELAY_S": "0.1"}
+    quick["DATABASE_URL"] = new_database()
     with subprocess.Popen(
         [sys.executable, LAUNCHER],
         env=inherited | quick | dict(addresses) | dict(variables or {}),
