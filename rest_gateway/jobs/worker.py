@@ -40,6 +40,7 @@ RENEW_S = 2.0
 REAP_S = 1.0
 PURGE_S = 60.0
 GAUGE_S = 5.0
+UNTIL_WOKEN_S = 60.0
 # A loop that found the database away, or met a bug, tries again after this.
 AWAY_S = 0.5
 MENDING_S = 2.0
@@ -352,7 +353,7 @@ class Worker:
         for (delay_s, reason), runs in groups.items():
             await self._write_back(runs, delay_s, reason)
         self._outbox = [run for run in self._outbox if self._holds(run)]
-        return 0 if self._outbox else CLAIM_S
+        return 0 if self._outbox else UNTIL_WOKEN_S
 
     async def _write_ends(self, ends: list[tuple[Run, End]]) -> None:
         if not ends:
@@ -411,7 +412,8 @@ class Worker:
 
     def _note(self, job_id: UUID, kind: str, status: str, note: str = "") -> None:
         """One transition."""
-        logger.info("job %s %s: %s%s", job_id, kind, status, note and ", " + note)
+        fields = {"job_id": str(job_id), "status": status}
+        logger.info("job %s %s: %s%s", job_id, kind, status, note and ", " + note, extra=fields)
         self._metrics.count_job(kind, status)
         self._on_change(job_id)
 
