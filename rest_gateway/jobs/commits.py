@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, Generic, TypeVar
 
-from rest_gateway.jobs.records import StoreUnavailable
+from rest_gateway.jobs.records import StoreError, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class GroupCommit(Generic[T, R]):
         except asyncio.CancelledError:
             # Between the answer and the caller's turn.
             if future.done() and not future.cancelled() and future.exception() is None:
-                self._spawn(self._abandon(future.result()), "group commit orphan")
+                self._abandon(future.result())
             raise
 
     async def _run(self) -> None:
@@ -94,19 +94,26 @@ class GroupCommit(Generic[T, R]):
                 await self._commit([entry])
         else:
             for (_, future), answer in zip(group, answers, strict=True):
-                await self._answer(future, answer)
+                self._answer(future, answer)
 
-    async def _answer(self, future: "asyncio.Future[R]", answer: R | Exception) -> None:
+    def _answer(self, future: "asyncio.Future[R]", answer: R | Exception) -> None:
         if isinstance(answer, Exception):
             _fail(future, answer)
         elif future.cancelled():
-            await self._abandon(answer)
+            self._abandon(answer)
         else:
             future.set_result(answer)
 
-    async def _abandon(self, answer: R) -> None:
+    def _abandon(self, answer: R) -> None:
+        """In a task of its own: the next group must not wait for it, nor fail with it."""
         if self._orphaned is not None:
-            await self._orphaned(answer)
+            self._spawn(self._tell_orphan(self._orphaned(answer)), "group commit orphan")
+
+    async def _tell_orphan(self, told: Awaitable[None]) -> None:
+        try:
+            await told
+        except StoreError as exc:
+            logger.info("could not give back what nobody waits for: %s", exc)
 
 
 def _fail(future: "asyncio.Future[R]", exc: Exception) -> None:

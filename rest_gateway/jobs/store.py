@@ -99,6 +99,7 @@ class SqlJobStore:
             return
         if self._preparing is None or self._preparing.done():
             self._preparing = self._database.spawn(self._prepare(), "job store tables")
+            self._preparing.add_done_callback(_retrieve)
         task = self._preparing
         await asyncio.wait({task}, timeout=self._settings.timeout_s)
         if not task.done():
@@ -215,7 +216,9 @@ class SqlJobStore:
         """See JobStore."""
         await self.prepare()
         # Lands also when its caller is cancelled: it is the work of seconds.
-        return await asyncio.shield(self._database.spawn(self._finish(finished), "job store finish"))
+        task = self._database.spawn(self._finish(finished), "job store finish")
+        task.add_done_callback(_retrieve)
+        return await asyncio.shield(task)
 
     async def _finish(self, finished: Sequence[Finished]) -> set[UUID]:
         written = await asyncio.gather(*map(self._finishes, finished))
@@ -431,6 +434,12 @@ def new_job_id() -> UUID:
     milliseconds = time.time_ns() // 1_000_000 & (1 << 48) - 1
     chance = int.from_bytes(os.urandom(10), "big")
     return UUID(int=milliseconds << 80 | 0x7 << 76 | (chance >> 62 & 0xFFF) << 64 | 0x2 << 62 | chance & (1 << 62) - 1)
+
+
+def _retrieve(task: "asyncio.Task[Any]") -> None:
+    """Its callers may all have gone: then its failure is nobody's business, and not worth asyncio's complaint."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _check_text(*texts: str) -> None:

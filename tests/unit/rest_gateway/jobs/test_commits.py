@@ -38,6 +38,8 @@ class Writer:
 
     async def _orphaned(self, answer: str) -> None:
         self.orphans.append(answer)
+        if answer == "LOST":
+            raise StoreUnavailable("away")
 
 
 def _spawn(work: Coroutine[Any, Any, None], name: str) -> "asyncio.Task[None]":
@@ -137,6 +139,17 @@ async def test_the_result_of_who_is_cancelled_during_the_transaction_is_an_orpha
     assert await neighbour == "B"
     await settle()
     assert writer.orphans == ["A"]
+
+
+async def test_an_orphan_that_cannot_be_given_back_harms_nobody() -> None:
+    writer = Writer()
+    gone, neighbour = call(writer, "lost", "b")
+    await settle()
+    gone.cancel()
+    writer.let_go(2)
+    assert await neighbour == "B"
+    assert await writer.commit("c") == "C"
+    assert writer.orphans == ["LOST"]
 
 
 @pytest.mark.parametrize("turns", range(6))
