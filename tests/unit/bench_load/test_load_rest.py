@@ -8,7 +8,7 @@ import pytest
 
 from bench.load_rest import KINDS, MODELS, Kind, draw_agents, draw_kind, find_fault
 from rest_gateway.config import Settings
-from rest_gateway.schemas.predict import Limits, parse_predict
+from rest_gateway.schemas.predict import Limits, PredictCall, parse_predict
 from tools.run import ROOT
 
 JSON, _, NDJSON, SSE = KINDS
@@ -37,6 +37,7 @@ def test_the_gateway_finds_no_fault_in_a_body(kind: Kind) -> None:
     limits = Limits(defaults.max_agents, defaults.max_vector_length, defaults.max_name_length)
     body = json.dumps({"agents": draw_agents(kind.agents, random.Random(1))}).encode()
     call = parse_predict(body, limits)
+    assert isinstance(call, PredictCall)
     assert (len(call.rows), call.faults) == (kind.agents, {})
 
 
