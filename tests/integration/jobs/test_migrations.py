@@ -18,6 +18,7 @@ from rest_gateway.jobs.records import SchemaError, StoreInUse, StoreSettings
 from rest_gateway.jobs.schema import VERSION_TABLE
 from rest_gateway.jobs.store import SqlJobStore
 from rest_gateway.jobs.tables import metadata
+from rest_gateway.migrate import main
 from tests.integration.jobs.builders import submit
 from tests.integration.jobs.conftest import opened
 from tests.postgres import Postgres
@@ -115,25 +116,38 @@ async def test_a_second_process_on_one_sqlite_file_is_refused(sqlite_url: str) -
         await store.ping()
 
 
-def run_migrate(url: str | None, directory: Path) -> subprocess.CompletedProcess[str]:
-    """`python -m rest_gateway.migrate` in a directory."""
+def test_the_command_migrates_the_default_file_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = str(Path(__file__).resolve().parents[3])
-    environment = {**os.environ, "PYTHONPATH": root, "DATABASE_URL": url or ""}
+    environment = {**os.environ, "PYTHONPATH": root, "DATABASE_URL": ""}
     command = [sys.executable, "-m", "rest_gateway.migrate"]
-    return subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, check=False)
-
-
-def test_the_command_migrates_the_default_file_and_says_so(tmp_path: Path) -> None:
-    first, second = run_migrate(None, tmp_path), run_migrate(None, tmp_path)
+    first = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (first.returncode, first.stdout) == (0, "migrated the tables from version none to 0001\n"), first.stderr
-    assert (second.returncode, second.stdout) == (0, "the tables have version 0001, which is the newest\n")
     assert (tmp_path / "var" / "jobs.sqlite3").exists()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    assert main([]) == 0
+    assert capsys.readouterr().out == "the tables have version 0001, which is the newest\n"
 
 
-def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
-    bad = run_migrate("mysql://h/d", tmp_path)
-    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
-    assert "DATABASE_URL must be" in bad.stderr
-    away = run_migrate(f"postgresql:///jobs?host={tmp_path}", tmp_path)
-    assert (away.returncode, away.stderr.count("\n")) == (1, 1), away.stderr
-    assert away.stderr.startswith("rest_gateway.migrate: the database failed: ")
+@pytest.mark.parametrize(
+    ("url", "status", "text"),
+    [
+        ("mysql://h/d", 2, "rest_gateway.migrate: bad setting: DATABASE_URL must be"),
+        ("postgresql:///jobs?host={directory}", 1, "rest_gateway.migrate: the database failed: "),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    url: str,
+    status: int,
+    text: str,
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", url.format(directory=tmp_path))
+    assert main([]) == status
+    complaint = capsys.readouterr().err
+    assert complaint.startswith(text)
+    assert complaint.count("\n") == 1
