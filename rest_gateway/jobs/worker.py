@@ -117,9 +117,9 @@ class Worker:
         self._may_be_waiting = True
         self._arrivals = 0
         self._is_stopping = False
-        # The database as the last loop found it; None: nobody has asked yet. When it came back.
+        # The database as the last loop found it; None: nobody has asked yet. Whether it was away for the reaper.
         self.is_database_away: bool | None = None
-        self._mended_s = float("-inf")
+        self._has_missed_reaping = False
         self.has_tried_to_claim = False
         self._claim_now = asyncio.Event()
         self._write_now = asyncio.Event()
@@ -308,7 +308,6 @@ class Worker:
             self._may_be_waiting = True
         elif not is_away and self.is_database_away:
             logger.warning("the database is back")
-            self._mended_s = _now_s()
         self.is_database_away = is_away
 
     async def _claim(self) -> float:
@@ -358,9 +357,27 @@ class Worker:
     async def _write_ends(self, ends: list[tuple[Run, End]]) -> None:
         if not ends:
             return
-        written = await self._ask(self._store.finish([_finished(run.job, end) for run, end in ends]))
+        try:
+            written = await self._ask(self._store.finish([_finished(run.job, end) for run, end in ends]))
+        except StoreUnavailable:
+            raise
+        except Exception:
+            logger.exception("%d ends could not be written", len(ends))
+            await self._write_one_by_one(ends)
+            return
         for run, end in ends:
             self._close(run, is_written=run.job.id in written, status=_status(end), note=_describe(end.error))
+
+    async def _write_one_by_one(self, ends: list[tuple[Run, End]]) -> None:
+        """One of them cannot be written, and must not keep the others; the job whose it is gets another end."""
+        if len(ends) > 1:
+            for one in ends:
+                await self._write_ends([one])
+            return
+        ((run, end),) = ends
+        if end == _UNWRITABLE:
+            self._let_go(run)  # its lease will run out
+        run.end = _UNWRITABLE
 
     async def _write_back(self, runs: list[Run], delay_s: float, reason: str) -> None:
         written = await self._ask(self._store.release([(run.job.id, run.job.attempt) for run in runs], delay_s, reason))
@@ -380,12 +397,15 @@ class Worker:
             self._metrics.jobs_fenced.inc()
 
     async def _reap(self) -> float:
-        if self.is_database_away:
+        if self._has_missed_reaping:
             await self._ask(self._store.ping())
+            self._has_missed_reaping = False
             return MENDING_S
-        if _now_s() < self._mended_s + MENDING_S:
-            return self._mended_s + MENDING_S - _now_s()
-        reaped = await self._ask(self._store.reap())
+        try:
+            reaped = await self._ask(self._store.reap())
+        except StoreUnavailable:
+            self._has_missed_reaping = True
+            raise
         for ids, status, why in (
             (reaped.lost, "pending", "its worker let the lease run out"),
             (reaped.abandoned, "failed", "its workers let the lease run out too often"),
@@ -416,6 +436,9 @@ class Worker:
         logger.info("job %s %s: %s%s", job_id, kind, status, note and ", " + note, extra=fields)
         self._metrics.count_job(kind, status)
         self._on_change(job_id)
+
+
+_UNWRITABLE = End(None, JobError("INTERNAL", INTERNAL_MESSAGE))
 
 
 def _finished(job: Claimed, end: End) -> Finished:

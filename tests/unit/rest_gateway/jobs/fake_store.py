@@ -55,6 +55,9 @@ class FakeStore:
         self.history: dict[UUID, list[Status]] = {}
         self.is_away = False
         self.bug: Exception | None = None
+        # Methods for which the database is away; a result (None: any) that cannot be written for a job.
+        self.broken: set[str] = set()
+        self.unwritable: tuple[bytes | None, UUID] | None = None
         self._lease_s = lease_s
         self._max_waiting = max_waiting
         self._numbers = itertools.count(1)
@@ -143,6 +146,8 @@ class FakeStore:
 
     async def finish(self, finished: Sequence[Finished]) -> set[UUID]:
         await self._enter("finish")
+        if any(self.unwritable in ((end.result, end.id), (None, end.id)) for end in finished):
+            raise RuntimeError("this end cannot be written")
         written = set()
         for end in finished:
             if self._is_held(end.id, end.attempt):
@@ -220,7 +225,7 @@ class FakeStore:
         await asyncio.sleep(0)
         if self.bug is not None:
             raise self.bug
-        if self.is_away:
+        if self.is_away or method in self.broken:
             raise StoreUnavailable("nobody listens")
 
     async def _leave(self, method: str) -> None:

@@ -391,6 +391,40 @@ async def test_after_an_outage_a_job_is_stored_as_pending_until_a_claim_came_bac
         assert (await shop.submit()).job.status == "processing"
 
 
+async def test_an_end_that_cannot_be_written_keeps_no_other() -> None:
+    async with working(router=busy_router()) as shop:
+        await shop.settled()
+        ids = [(await shop.submit()).job.id for _ in range(3)]
+        shop.store.unwritable = b'{"sentiment":"positive","confidence":0.75}', ids[1]
+        for _ in range(3):
+            shop.router.release()
+        await until(lambda: all(shop.store.status(job_id) != "processing" for job_id in ids), 2)
+        assert [shop.store.status(job_id) for job_id in ids] == ["completed", "failed", "completed"]
+        error = shop.store.rows[ids[1]].job.error
+        assert error is not None
+        assert error.code == "INTERNAL"
+
+
+async def test_a_job_with_no_end_that_can_be_written_is_left_to_its_lease() -> None:
+    async with working(router=busy_router()) as shop:
+        await shop.settled()
+        job_id = (await shop.submit()).job.id
+        shop.store.unwritable = None, job_id
+        shop.router.release()
+        await until(lambda: repr(shop.worker).startswith("<Worker 0 held"), 3)
+        assert shop.store.status(job_id) == "processing"
+
+
+async def test_one_loop_without_a_database_keeps_no_job_from_being_reaped() -> None:
+    """Purging once more than the database can do made it look away for all, and the reaper waited for ever."""
+    store = FakeStore()
+    store.broken.add("purge")
+    job_id = store.add()
+    await store.claim("gone", 1)
+    async with working(store):
+        await until(lambda: store.status(job_id) == "completed", 8)
+
+
 async def test_a_bug_in_the_store_is_logged_and_survived(caplog: pytest.LogCaptureFixture) -> None:
     async with working() as shop:
         await shop.settled()
