@@ -27,6 +27,8 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.types import ASGIApp
 from uvicorn.loops.auto import auto_loop_factory
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -114,10 +116,17 @@ def create_app(parts: Parts, settings: Settings) -> FastAPI:
         telemetry=_NO_TELEMETRY,
     )
     metrics, open_requests = parts.metrics, parts.open_requests
-    app.add_middleware(AccessMiddleware, settings=settings, metrics=metrics, open_requests=open_requests)
     problems.add_handlers(app)
     predict = PredictRoute(parts.router, settings, metrics, open_requests, Submission(parts.jobs, settings))
     predict.add_to(app)
+    build_fastapis_layers = app.build_middleware_stack
+
+    def build_layers() -> ASGIApp:
+        """The way in: the access layer, then errors become problems, then FastAPI where it is not passed by."""
+        inner = ExceptionMiddleware(predict.pass_by(build_fastapis_layers()), handlers=app.exception_handlers)
+        return AccessMiddleware(inner, settings=settings, metrics=metrics, open_requests=open_requests)
+
+    app.build_middleware_stack = build_layers  # type: ignore[method-assign]  # Starlette calls it at the first request
     JobRoutes(parts.jobs, settings, open_requests).add_to(app)
     HealthRoutes(parts.router, parts.jobs, metrics, open_requests).add_to(app)
     _document(app, predict.document())

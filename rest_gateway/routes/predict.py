@@ -2,6 +2,7 @@
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rest_gateway.config import Settings
 from rest_gateway.metrics import Metrics
@@ -16,6 +17,8 @@ from rest_gateway.routes.submission import Submission
 from rest_gateway.schemas.openapi import PREDICT_BODY, PREDICT_RESPONSES
 from rest_gateway.schemas.openapi_jobs import PREDICT_PARAMETERS
 from rest_gateway.schemas.predict import Limits, TextCall, parse_predict
+
+PATH = "/predict"
 
 
 class PredictRoute:
@@ -40,12 +43,26 @@ class PredictRoute:
 
     def add_to(self, app: FastAPI) -> None:
         """Adds the route as Starlette's: FastAPI's would look for parameters to inject, which costs 50 µs a request."""
-        app.add_route("/predict", self.predict, methods=["POST"])
+        app.add_route(PATH, self.predict, methods=["POST"])
+
+    def pass_by(self, app: ASGIApp) -> ASGIApp:
+        """`app`, but for the requests of this route: the layers of FastAPI cost a tenth of one with 16 agents."""
+
+        async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] != PATH:
+                await app(scope, receive, send)
+                return
+            # As Starlette does; the access layer reads them.
+            scope.update({"endpoint": self.predict, "path_params": {}})
+            response = await self.predict(Request(scope, receive, send))
+            await response(scope, receive, send)
+
+        return serve
 
     def document(self) -> APIRoute:
         """The same as FastAPI's route, for the API document only."""
         return APIRoute(
-            "/predict",
+            PATH,
             self.predict,
             methods=["POST"],
             tags=["predictions"],
