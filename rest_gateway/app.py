@@ -33,6 +33,8 @@ from uvicorn.loops.auto import auto_loop_factory
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rest_gateway.config import Settings
+from rest_gateway.jobs.housekeeping import Housekeeping
+from rest_gateway.jobs.loops import Loops
 from rest_gateway.jobs.records import JobStore, SchemaError, StoreError, StoreSettings, StoreUnavailable
 from rest_gateway.jobs.service import Jobs
 from rest_gateway.jobs.store import SqlJobStore
@@ -83,25 +85,27 @@ class Parts:
 
     router: Router
     jobs: Jobs
-    worker: Worker
     metrics: Metrics
     open_requests: OpenRequests
 
 
 def make_parts(router: GatewayRouter, store: JobStore, settings: Settings) -> Parts:
-    """Puts together what works; the worker is not started."""
-    metrics, open_requests, watch = metrics_of(settings.workers), OpenRequests(), Watch(store)
-    worker = Worker(
+    """Puts together what works; nothing is started."""
+    metrics, open_requests = metrics_of(settings.workers), OpenRequests()
+    watch, loops = Watch(store), Loops()
+    tasks, concurrency = Tasks(router, answers.end_of_job), settings.job_concurrency
+    worker = Worker(store, tasks, loops, metrics, concurrency=concurrency, on_change=watch.changed)
+    housekeeping = Housekeeping(
         store,
-        Tasks(router, answers.end_of_job),
+        loops,
         metrics,
-        concurrency=settings.job_concurrency,
         retention_s=settings.job_retention_s,
         on_change=watch.changed,
+        on_arrival=worker.note_arrival,
     )
-    jobs = Jobs(store, worker, watch, metrics)
+    jobs = Jobs(store, worker, housekeeping, loops, watch, metrics)
     open_requests.when_draining(jobs.start_drain)
-    return Parts(router, jobs, worker, metrics, open_requests)
+    return Parts(router, jobs, metrics, open_requests)
 
 
 def create_app(parts: Parts, settings: Settings) -> FastAPI:
@@ -177,11 +181,11 @@ async def serve(settings: Settings, listener: socket.socket, make_server: "MakeS
     ):
         parts = make_parts(router, store, settings)  # type: ignore[arg-type]  # until the client has infer_tensors
         server = make_server(create_app(parts, settings), settings, parts.open_requests)
-        parts.worker.start()
+        parts.jobs.start()
         try:
             await server.serve(sockets=[listener])
         finally:
-            await parts.worker.drain(server.drain_left_s)
+            await parts.jobs.drain(server.drain_left_s)
     logger.info("stopped")
 
 

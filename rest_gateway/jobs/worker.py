@@ -1,19 +1,15 @@
 """The worker: takes jobs from the store, runs them, and brings their ends back. Lives in every gateway process.
 
-Must not know SQL, HTTP, or what a job does. Theory of operation: a few loops beside the runs, none of which ends or
-spins when the database is away; each step tells when the next is due.
+Must not know SQL, HTTP, or what a job does. Theory of operation: three loops beside the runs.
 
     claim   when room appears, when a job was submitted here that had to wait, and twice a second: as many as there is
             room for. Not while no router takes calls: jobs that wait need no attempt to find that out.
     renew   every 2 s, one statement for all that is held. What is not ours any more (its lease ran out while this
             process was frozen, or somebody cancelled it elsewhere) is abandoned: its call is cancelled.
     write   the ends of runs, all that are ready in one transaction; and what goes back to wait.
-    reap    every second: takes jobs from workers that are gone, and fails those past their deadline.
-    purge   deletes what ended long ago, in chunks.
 
 A job is held from its claim until its end is written, so its lease lives on while a database that is away keeps the
-end from being written. After such a time every lease may be over, of workers that live and of those that do not; they
-get `MENDING_S` to renew before anybody here reaps.
+end from being written.
 
 `attempt` is the fencing token: the end of an attempt that is not the job's present one changes nothing in the store.
 """
@@ -25,10 +21,11 @@ import os
 import secrets
 import socket
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Literal, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Literal
 from uuid import UUID
 
+from rest_gateway.jobs.loops import Loops
 from rest_gateway.jobs.records import Claimed, Finished, JobError, JobStore, NewJob, StoreUnavailable, Submitted
 from rest_gateway.jobs.tasks import INTERNAL_MESSAGE, End, Later, Tasks
 from rest_gateway.metrics import Metrics
@@ -37,26 +34,15 @@ logger = logging.getLogger(__name__)
 
 CLAIM_S = 0.5
 RENEW_S = 2.0
-REAP_S = 1.0
-PURGE_S = 60.0
-GAUGE_S = 5.0
 UNTIL_WOKEN_S = 60.0
-# A loop that found the database away, or met a bug, tries again after this.
-AWAY_S = 0.5
-MENDING_S = 2.0
 # Rows of one transaction: short enough not to hold the writer of SQLite for long.
 WRITE_ROWS = 500
-PURGE_ROWS = 1000
-PURGE_PAUSE_S = 0.05
 # After the n-th attempt that found no router, or a full one: 0.5, 1, 2, 4 ... 30 s.
 BACKOFF_FIRST_S, BACKOFF_LONGEST_S = 0.5, 30.0
 # The last try is so long before the deadline that it can be claimed and answered.
 LAST_TRY_S = 1.0
 # What is given back at the end of a drain has so long to be written; then its lease runs out.
 GIVE_BACK_S = 2.0
-
-Step: TypeAlias = Callable[[], Awaitable[float]]
-Answer = TypeVar("Answer")
 
 
 def backoff_s(attempt: int) -> float:
@@ -93,18 +79,18 @@ class Worker:
         self,
         store: JobStore,
         tasks: Tasks,
+        loops: Loops,
         metrics: Metrics,
         *,
         concurrency: int,
-        retention_s: float,
         on_change: Callable[[UUID], None],
     ) -> None:
         self.id = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._store = store
         self._tasks = tasks
+        self._loops = loops
         self._metrics = metrics
         self._concurrency = concurrency
-        self._retention_s = retention_s
         self._on_change = on_change
         # What is held, and what of it waits to be written, in the order in which it ended.
         self._runs: dict[UUID, Run] = {}
@@ -117,31 +103,20 @@ class Worker:
         self._may_be_waiting = True
         self._arrivals = 0
         self._is_stopping = False
-        # The database as the last loop found it; None: nobody has asked yet. Whether it was away for the reaper.
-        self.is_database_away: bool | None = None
-        self._has_missed_reaping = False
         self.has_tried_to_claim = False
         self._claim_now = asyncio.Event()
         self._write_now = asyncio.Event()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
-        self._loops: list[asyncio.Task[None]] = []
 
     def __repr__(self) -> str:
         return f"<Worker {len(self._runs)} held, {len(self._outbox)} to write, room for {self._room()}>"
 
     def start(self) -> None:
         """Starts the loops."""
-        for step, wake in (
-            (self._claim, self._claim_now),
-            (self._renew, None),
-            (self._write, self._write_now),
-            (self._reap, None),
-            (self._purge, None),
-            (self._gauge, None),
-        ):
-            name = step.__name__.strip("_")
-            self._loops.append(asyncio.create_task(self._forever(name, step, wake), name=f"jobs-{name}"))
+        self._loops.start("claim", self._claim, self._claim_now)
+        self._loops.start("renew", self._renew)
+        self._loops.start("write", self._write, self._write_now)
 
     def stop_claiming(self) -> None:
         """Takes no further job; goes on with those that it holds."""
@@ -158,10 +133,10 @@ class Worker:
 
     async def aclose(self) -> None:
         """Stops at once. What it held is claimed by others when its lease is over."""
-        tasks = [*self._loops, *(run.task for run in self._runs.values() if run.task is not None)]
+        tasks = [run.task for run in self._runs.values() if run.task is not None]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(self._loops.aclose(), *tasks, return_exceptions=True)
 
     async def submit(self, job: NewJob) -> Submitted:
         """Stores a job, and runs it at once if there is room and nobody waits longer.
@@ -171,9 +146,9 @@ class Worker:
         may_run = self._may_run_at_once()
         self._submitting += may_run
         try:
-            submitted = await self._ask(self._store.submit(job, worker=self.id if may_run else None))
+            submitted = await self._loops.ask(self._store.submit(job, worker=self.id if may_run else None))
         except (StoreUnavailable, asyncio.CancelledError):
-            self._note_arrival()  # perhaps
+            self.note_arrival()  # perhaps
             raise
         finally:
             self._submitting -= may_run
@@ -188,6 +163,12 @@ class Worker:
             self._let_go(run)
             run.stop()
 
+    def note_arrival(self) -> None:
+        """The store may have a pending job that the last claim did not see."""
+        self._arrivals += 1
+        self._may_be_waiting = True
+        self._claim_now.set()
+
     # Room
 
     def _room(self) -> int:
@@ -196,18 +177,13 @@ class Worker:
     def _may_run_at_once(self) -> bool:
         return not self._may_be_waiting and not self._is_stopping and self._tasks.is_ready and self._room() > 0
 
-    def _note_arrival(self) -> None:
-        self._arrivals += 1
-        self._may_be_waiting = True
-        self._claim_now.set()
-
     def _accept(self, submitted: Submitted) -> None:
         job = submitted.job
         if submitted.claimed is not None:
             self._start(submitted.claimed)
         else:
             self._note(job.id, job.kind, "pending")
-            self._note_arrival()
+            self.note_arrival()
 
     # Runs
 
@@ -274,41 +250,7 @@ class Worker:
                 await self._is_idle.wait()
         return not self._runs
 
-    # Loops: each step returns after how many seconds the next one is due, unless it is woken.
-
-    async def _forever(self, name: str, step: Step, wake: asyncio.Event | None) -> None:
-        wake = wake or asyncio.Event()
-        while True:
-            started_s = _now_s()
-            wake.clear()
-            try:
-                due_s = await step()
-                await _wait(wake, started_s + due_s - _now_s())
-            except StoreUnavailable:
-                await asyncio.sleep(AWAY_S)
-            except Exception:
-                logger.exception("unexpected error in the loop %s", name)
-                await asyncio.sleep(AWAY_S)
-
-    async def _ask(self, answer: Awaitable[Answer]) -> Answer:
-        """What the store answers; notes whether the database is there."""
-        try:
-            result = await answer
-        except StoreUnavailable as exc:
-            self._note_database(exc)
-            raise
-        self._note_database(None)
-        return result
-
-    def _note_database(self, exc: StoreUnavailable | None) -> None:
-        """Says once that the database is away, and once that it is back."""
-        is_away = exc is not None
-        if is_away and not self.is_database_away:
-            logger.error("the database is away, jobs wait: %s", exc)
-            self._may_be_waiting = True
-        elif not is_away and self.is_database_away:
-            logger.warning("the database is back")
-        self.is_database_away = is_away
+    # Steps of the loops
 
     async def _claim(self) -> float:
         room = self._room()
@@ -317,7 +259,10 @@ class Worker:
         self._claiming = limit = room - room // 2  # the other half is for what is submitted meanwhile
         arrivals = self._arrivals
         try:
-            jobs, are_left = await self._ask(self._store.claim(self.id, limit))
+            jobs, are_left = await self._loops.ask(self._store.claim(self.id, limit))
+        except StoreUnavailable:
+            self._may_be_waiting = True
+            raise
         finally:
             self._claiming = 0
             self.has_tried_to_claim = True
@@ -329,7 +274,7 @@ class Worker:
     async def _renew(self) -> float:
         held = [(run.job.id, run.job.attempt) for run in self._runs.values()]
         if held:
-            ours = await self._ask(self._store.renew(self.id, held))
+            ours = await self._loops.ask(self._store.renew(self.id, held))
             self._abandon(key for key in held if key not in ours)
         return RENEW_S
 
@@ -358,7 +303,7 @@ class Worker:
         if not ends:
             return
         try:
-            written = await self._ask(self._store.finish([_finished(run.job, end) for run, end in ends]))
+            written = await self._loops.ask(self._store.finish([_finished(run.job, end) for run, end in ends]))
         except StoreUnavailable:
             raise
         except Exception:
@@ -380,7 +325,9 @@ class Worker:
         run.end = _UNWRITABLE
 
     async def _write_back(self, runs: list[Run], delay_s: float, reason: str) -> None:
-        written = await self._ask(self._store.release([(run.job.id, run.job.attempt) for run in runs], delay_s, reason))
+        written = await self._loops.ask(
+            self._store.release([(run.job.id, run.job.attempt) for run in runs], delay_s, reason)
+        )
         for run in runs:
             is_written = run.job.id in written
             self._close(run, is_written=is_written, status="pending", note=f"again in {delay_s:.1f} s: {reason}")
@@ -395,40 +342,6 @@ class Worker:
         else:
             logger.info("job %s had ended, or was not ours any more: attempt %d is void", run.job.id, run.job.attempt)
             self._metrics.jobs_fenced.inc()
-
-    async def _reap(self) -> float:
-        if self._has_missed_reaping:
-            await self._ask(self._store.ping())
-            self._has_missed_reaping = False
-            return MENDING_S
-        try:
-            reaped = await self._ask(self._store.reap())
-        except StoreUnavailable:
-            self._has_missed_reaping = True
-            raise
-        for ids, status, why in (
-            (reaped.lost, "pending", "its worker let the lease run out"),
-            (reaped.abandoned, "failed", "its workers let the lease run out too often"),
-            (reaped.expired, "failed", "its time is over"),
-        ):
-            for job_id in ids:
-                logger.info("job %s: %s, %s", job_id, status, why)
-                self._on_change(job_id)
-                self._metrics.count_job("reaped", status)
-        if reaped.lost or reaped.abandoned:
-            self._metrics.jobs_lost_leases.inc(len(reaped.lost) + len(reaped.abandoned))
-            self._note_arrival()
-        return REAP_S
-
-    async def _purge(self) -> float:
-        deleted = await self._ask(self._store.purge(self._retention_s, PURGE_ROWS))
-        if deleted:
-            logger.info("%d jobs that ended more than %g s ago were deleted", deleted, self._retention_s)
-        return PURGE_PAUSE_S if deleted == PURGE_ROWS else min(PURGE_S, max(1.0, self._retention_s / 10))
-
-    async def _gauge(self) -> float:
-        self._metrics.jobs_waiting.set(await self._ask(self._store.waiting()))
-        return GAUGE_S
 
     def _note(self, job_id: UUID, kind: str, status: str, note: str = "") -> None:
         """One transition."""
@@ -451,16 +364,6 @@ def _status(end: End) -> Literal["completed", "failed"]:
 
 def _describe(error: JobError | None) -> str:
     return "" if error is None else f"{error.code}: {error.message}"
-
-
-async def _wait(wake: asyncio.Event, seconds: float) -> None:
-    """Until woken or until time is over; at least one turn of the loop."""
-    if seconds <= 0:
-        await asyncio.sleep(0)
-        return
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await wake.wait()
 
 
 def _now_s() -> float:

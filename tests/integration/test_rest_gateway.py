@@ -59,14 +59,14 @@ async def gateway_of(router: GatewayRouter, store: JobStore | None = None, **cha
     host, port = listener.getsockname()
     parts = make_parts(router, store or FakeStore(), settings)
     server = Server(create_app(parts, settings), settings, parts.open_requests)
-    parts.worker.start()
+    parts.jobs.start()
     served = asyncio.create_task(server.serve([listener]))
     try:
         yield Gateway(server, parts.open_requests, served, host, port)
     finally:
         server.should_exit = True
         await served
-        await parts.worker.drain(server.drain_left_s)
+        await parts.jobs.drain(server.drain_left_s)
 
 
 class RawClient:

@@ -38,22 +38,25 @@ class Gateway:
         document: dict[str, Any] = response.json()
         return document
 
+    def running(self) -> float | None:
+        return self.parts.metrics.registry.get_sample_value("gateway_jobs_running")
+
     async def kill(self) -> None:
         """As by SIGKILL: nothing is given back."""
-        await self.parts.worker.aclose()
+        await self.parts.jobs.aclose()
 
 
 @contextlib.asynccontextmanager
 async def gateway(store: JobStore, router: FakeRouter | None = None, **changes: object) -> AsyncIterator[Gateway]:
     settings = Settings.model_validate(changes)
     given = Gateway(make_parts(router or FakeRouter(), store, settings), settings)
-    given.parts.worker.start()
-    await eventually(lambda: given.parts.worker.is_database_away is False and given.parts.worker.has_tried_to_claim)
+    given.parts.jobs.start()
+    await eventually(lambda: given.parts.jobs.database == "connected" and given.parts.jobs.has_tried_to_claim)
     try:
         async with given.http:
             yield given
     finally:
-        await given.parts.worker.aclose()
+        await given.parts.jobs.aclose()
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
@@ -111,7 +114,7 @@ async def test_a_key_finds_its_job_after_a_restart(open_store: OpenStore) -> Non
 async def test_what_a_drained_gateway_gives_back_is_done_by_the_next(open_store: OpenStore) -> None:
     async with open_store() as store, gateway(store, busy_router()) as given:
         path = (await given.submit()).headers["location"]
-        await given.parts.worker.drain(0)
+        await given.parts.jobs.drain(0)
         assert (await given.http.get(path)).json()["status"] == "pending"
     async with open_store() as store, gateway(store) as given:
         document = await given.ended(path)
@@ -140,7 +143,7 @@ async def test_a_lost_worker_that_comes_back_changes_nothing(open_store: OpenSto
             async with gateway(store, job_concurrency=1) as given:
                 assert (await given.ended(path))["attempt"] == 2
             frozen.release()
-            await eventually(lambda: repr(late.parts.worker).startswith("<Worker 0 held"))
+            await eventually(lambda: late.running() == 0)
             assert (await late.ended(path))["attempt"] == 2
 
 

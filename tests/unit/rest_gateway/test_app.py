@@ -28,7 +28,7 @@ BAD = {"vector": [], "model_name": "model-a"}
 def parts_of(router: FakeRouter, settings: Settings | None = None) -> Parts:
     """With a worker that has looked for jobs, and does no more."""
     parts = make_parts(router, FakeStore(), settings or Settings())
-    parts.worker.has_tried_to_claim = True
+    parts.jobs.worker.has_tried_to_claim = True
     return parts
 
 
@@ -353,7 +353,7 @@ async def test_readiness_needs_a_router_and_a_look_for_jobs(
 ) -> None:
     router = FakeRouter(is_connected=is_connected)
     parts = parts_of(router)
-    parts.worker.has_tried_to_claim = has_tried
+    parts.jobs.worker.has_tried_to_claim = has_tried
     if is_draining:
         parts.open_requests.start_drain()
     async with client_of(router, parts=parts) as client:
@@ -366,7 +366,7 @@ async def test_readiness_needs_a_router_and_a_look_for_jobs(
 async def test_readiness_names_the_database_and_does_without_it(is_away: bool | None, database: str) -> None:
     router = FakeRouter()
     parts = parts_of(router)
-    parts.worker.is_database_away = is_away
+    parts.jobs.loops.is_database_away = is_away
     async with client_of(router, parts=parts) as client:
         response = await client.get("/readyz")
     assert (response.status_code, response.json()["database"]) == (200, database)

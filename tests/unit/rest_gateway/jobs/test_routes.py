@@ -55,13 +55,13 @@ class Gateway:
 @asynccontextmanager
 async def gateway(router: FakeRouter | None = None, **settings: object) -> AsyncIterator[Gateway]:
     given = Gateway(router or FakeRouter(), Settings.model_validate(settings))
-    given.parts.worker.start()
-    await until(lambda: given.parts.worker.is_database_away is not None)
+    given.parts.jobs.start()
+    await until(lambda: given.parts.jobs.has_tried_to_claim)
     try:
         async with given.http:
             yield given
     finally:
-        await given.parts.worker.aclose()
+        await given.parts.jobs.aclose()
 
 
 # Making jobs
@@ -222,7 +222,7 @@ async def test_a_database_that_goes_away_while_one_waits_costs_no_receipt() -> N
         await asyncio.sleep(1)
         given.store.is_away = True
         (job_id,) = given.store.rows
-        given.parts.jobs._watch.changed(job_id)  # noqa: SLF001 -- makes it look
+        given.parts.jobs.watch.changed(job_id)  # makes it look
         response = await asking
         assert (response.status_code, response.json()) == (202, {"job_id": str(job_id), "status": "processing"})
 

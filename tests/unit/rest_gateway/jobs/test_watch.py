@@ -23,7 +23,7 @@ class Desk:
         self.store = store
         self.watch = Watch(store)
         shop = Workshop(store, busy_router(), concurrency=1)
-        self.jobs = Jobs(store, shop.worker, self.watch, shop.metrics)
+        self.jobs = Jobs(store, shop.worker, shop.housekeeping, shop.loops, self.watch, shop.metrics)
 
 
 @asynccontextmanager

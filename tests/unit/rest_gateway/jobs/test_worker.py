@@ -330,7 +330,7 @@ async def test_a_database_that_is_away_at_the_start_counts_as_tried() -> None:
     store.is_away = True
     async with working(store) as shop:
         await until(lambda: shop.worker.has_tried_to_claim)
-        assert shop.worker.is_database_away
+        assert shop.loops.is_database_away
         with pytest.raises(StoreUnavailable):
             await shop.submit()
 

@@ -4,6 +4,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from uuid import UUID
 
+from rest_gateway.jobs.housekeeping import Housekeeping
+from rest_gateway.jobs.loops import Loops
 from rest_gateway.jobs.records import NewJob, Submitted
 from rest_gateway.jobs.tasks import Tasks
 from rest_gateway.jobs.worker import Worker
@@ -24,13 +26,16 @@ class Workshop:
         self.store, self.router = store, router
         self.metrics = Metrics()
         self.changed: list[UUID] = []
-        self.worker = Worker(
+        self.loops = Loops()
+        tasks, tell = Tasks(router, end_of_job), self.changed.append
+        self.worker = Worker(store, tasks, self.loops, self.metrics, concurrency=concurrency, on_change=tell)
+        self.housekeeping = Housekeeping(
             store,
-            Tasks(router, end_of_job),
+            self.loops,
             self.metrics,
-            concurrency=concurrency,
             retention_s=retention_s,
-            on_change=self.changed.append,
+            on_change=tell,
+            on_arrival=self.worker.note_arrival,
         )
 
     async def submit(self, text: str = "fine", timeout_s: float = 3600.0) -> Submitted:
@@ -39,7 +44,7 @@ class Workshop:
     async def settled(self) -> None:
         """Lets time pass until the worker has claimed once."""
         await until(lambda: self.store.calls["claim"] > 0)
-        await until(lambda: self.worker.is_database_away is not None)
+        await until(lambda: self.loops.is_database_away is not None)
 
     def count(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
@@ -55,6 +60,7 @@ async def working(
 ) -> AsyncIterator[Workshop]:
     shop = Workshop(store or FakeStore(), router or FakeRouter(), concurrency=concurrency, retention_s=retention_s)
     shop.worker.start()
+    shop.housekeeping.start()
     try:
         yield shop
     finally:
