@@ -157,7 +157,7 @@ class OneLineFormatter(logging.Formatter):
 
 
 def logging_config(settings: Settings) -> dict[str, Any]:
-    """For `logging.config.dictConfig`: everything on stderr; of uvicorn only what is wrong. Workers tell their pid."""
+    """For `logging.config.dictConfig`: everything on stderr; of uvicorn and Alembic only what is wrong. Workers tell their pid."""
     pid = " [%(process)d]" if settings.workers > 1 else ""
     formatters = {
         "text": {"()": OneLineFormatter, "format": f"%(asctime)s %(levelname)s{pid} %(name)s: %(message)s"},
@@ -173,6 +173,6 @@ def logging_config(settings: Settings) -> dict[str, Any]:
         "disable_existing_loggers": False,
         "formatters": {"line": formatters[settings.log_format]},
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-        "loggers": {"uvicorn": {"level": "WARNING"}},
+        "loggers": {name: {"level": "WARNING"} for name in ("uvicorn", "alembic")},
         "root": {"level": settings.log_level, "handlers": ["stderr"]},
     }
