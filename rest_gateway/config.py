@@ -157,7 +157,7 @@ class OneLineFormatter(logging.Formatter):
 
 
 def logging_config(settings: Settings) -> dict[str, Any]:
-    """For `logging.config.dictConfig`: all on stderr, of uvicorn and Alembic only what is wrong. Workers tell their pid."""
+    """For `dictConfig`: everything on stderr; of uvicorn and Alembic only what is wrong. Workers tell their pid."""
     pid = " [%(process)d]" if settings.workers > 1 else ""
     formatters = {
         "text": {"()": OneLineFormatter, "format": f"%(asctime)s %(levelname)s{pid} %(name)s: %(message)s"},
