@@ -179,7 +179,7 @@ async def serve(settings: Settings, listener: socket.socket, make_server: "MakeS
         RouterClient(settings.router, router_wait_s=settings.router_wait_s) as router,
         open_store(settings) as store,
     ):
-        parts = make_parts(router, store, settings)  # type: ignore[arg-type]  # until the client has infer_tensors
+        parts = make_parts(router, store, settings)
         server = make_server(create_app(parts, settings), settings, parts.open_requests)
         parts.jobs.start()
         try:

@@ -28,10 +28,10 @@ from protos.inference_router.v1 import inference_router_pb2 as pb
 from rest_gateway.convert import PRIORITY_CLASSES, OpenCall, Outcome
 from rest_gateway.errors import Fault
 from rest_gateway.jobs.records import Claimed, JobError
-from rest_gateway.jobs.tensors import InferError, Tensor, bytes_tensor, read_bytes
 from rest_gateway.schemas import json_text
 from rest_gateway.schemas.jobs import decode_agents, decode_text
 from rest_gateway.schemas.predict import PredictCall, Row
+from router_client import InferError, Tensor, bytes_tensor, read_bytes
 
 logger = logging.getLogger(__name__)
 

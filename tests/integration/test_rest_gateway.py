@@ -398,7 +398,7 @@ async def test_without_a_router_the_answer_is_503_after_the_wait() -> None:
         target = f"127.0.0.1:{nobody.getsockname()[1]}"
     async with (
         RouterClient(target, router_wait_s=0.2) as router,
-        gateway_of(router) as gateway,  # type: ignore[arg-type]  # until the client has infer_tensors
+        gateway_of(router) as gateway,
         gateway.http() as http,
     ):
         response = await http.post("/predict", json=TWO_AGENTS)
@@ -416,7 +416,7 @@ async def test_with_a_router_every_agent_gets_its_own_answer_in_every_form() -> 
     async with (
         fakes.FakeRouter(script=fakes.echo) as backend,
         RouterClient(backend.target) as router,
-        gateway_of(router) as gateway,  # type: ignore[arg-type]  # until the client has infer_tensors
+        gateway_of(router) as gateway,
         gateway.http() as http,
     ):
         assert await router.wait_connected(10)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
-from rest_gateway.jobs.tensors import InferError, Tensor, bytes_tensor
+from router_client import InferError, Tensor, bytes_tensor
 
 Script = Callable[[Sequence[pb.Block]], list[pb.Answer]]
 TensorScript = Callable[[str, Sequence[Tensor]], list[Tensor]]

@@ -11,10 +11,10 @@ import pytest
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from rest_gateway.jobs.records import Claimed, JobError, Kind
 from rest_gateway.jobs.tasks import INTERNAL_MESSAGE, End, Later, Tasks
-from rest_gateway.jobs.tensors import Tensor, bytes_tensor, read_bytes
 from rest_gateway.routes.answers import end_of_job
 from rest_gateway.schemas.jobs import encode_agents, encode_text
 from rest_gateway.schemas.predict import Limits, PredictCall, TextCall, parse_predict
+from router_client import Tensor, bytes_tensor, read_bytes
 from tests.unit.rest_gateway.fake_router import FakeRouter, Script, failing, sum_answers, tensor_failure
 
 pytestmark = pytest.mark.anyio
