@@ -79,11 +79,11 @@ async def gateway(router: str, database: str | None = None, **settings: str) -> 
 
 
 async def test_a_text_is_accepted_at_once_and_answered_after_the_models_time() -> None:
-    with models("--latency", "1.5") as router:
+    with models("--latency", "3") as router:
         async with gateway(router) as given:
             started_s = asyncio.get_running_loop().time()
             response = await given.submit()
-            assert asyncio.get_running_loop().time() - started_s < 1
+            assert asyncio.get_running_loop().time() - started_s < 2
             assert (response.status_code, response.json()["status"]) == (202, "processing")
             path = response.headers["location"]
             at_once = (await given.http.get(path)).json()
@@ -92,7 +92,7 @@ async def test_a_text_is_accepted_at_once_and_answered_after_the_models_time() -
             assert job["status"] == "completed"
             assert job["result"]["sentiment"] == "positive"
             assert 0.5 <= job["result"]["confidence"] <= 1
-            assert asyncio.get_running_loop().time() - started_s >= 1.5
+            assert asyncio.get_running_loop().time() - started_s >= 3
             other = await given.submit({"text": "I hate it, it is awful."}, Prefer="wait=30")
             assert other.json()["result"]["sentiment"] == "negative"
 
@@ -145,7 +145,7 @@ async def test_a_job_waits_for_a_router_that_is_away() -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 async def test_a_job_outlives_its_gateway(number: signal.Signals) -> None:
     database = new_database()
-    with models("--latency", "1.5") as router:
+    with models("--latency", "3") as router:
         async with gateway(router, database, DRAIN_TIMEOUT_S="0.2") as given:
             response = await given.submit(Idempotency_Key="k")
             assert response.json()["status"] == "processing"
