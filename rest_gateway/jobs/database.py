@@ -62,8 +62,9 @@ class Database:
         # Transactions, single statements, reads; None while closed.
         self._lanes: _Lanes | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        # Monotonic time of the last failure.
-        self._failed_at_s = float("-inf")
+        # Whether the last word of the database was a failure, and the monotonic time of the first answer after one.
+        self._is_away = False
+        self._returned_at_s = float("-inf")
 
     async def open(self) -> None:
         """Makes the engines, no connection yet. Raises StoreInUse; StoreError where SQLite has no place to write."""
@@ -111,9 +112,9 @@ class Database:
         """Runs `work`, a single statement that writes nothing."""
         return await self._run(self._open_lanes.reads, work, None)
 
-    def has_failed_within(self, seconds: float) -> bool:
-        """Whether the database was away so lately."""
-        return time.monotonic() - self._failed_at_s < seconds
+    def was_away_within(self, seconds: float) -> bool:
+        """Whether the database is away, or has been back for less than that."""
+        return self._is_away or time.monotonic() - self._returned_at_s < seconds
 
     def spawn(self, work: Coroutine[Any, Any, T], name: str) -> "asyncio.Task[T]":
         """A task that `aclose` waits for."""
@@ -137,7 +138,7 @@ class Database:
         if task.done():
             return task.result()
         self._leave(task, orphaned)
-        self._failed_at_s = time.monotonic()
+        self._is_away = True
         raise StoreUnavailable(f"the database gave no answer within {self._settings.timeout_s:g} s")
 
     def _leave(self, task: "asyncio.Task[T]", orphaned: Orphaned[T] | None) -> None:
@@ -153,17 +154,25 @@ class Database:
 
     async def _attempt(self, lane: "_Lane", work: Work[T]) -> T:
         try:
-            try:
-                return await lane.run(work)
-            except SQLAlchemyError as exc:
-                if not _may_mend(exc):
-                    raise
-            return await lane.run(work)
+            result = await self._try_twice(lane, work)
         except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as exc:
             if isinstance(exc, _OURS) and _sqlstate(exc) not in _NO_TABLES:
                 raise
-            self._failed_at_s = time.monotonic()
+            self._is_away = True
             raise StoreUnavailable(f"the database failed: {_reason(exc)}") from exc
+        if self._is_away:
+            self._is_away = False
+            self._returned_at_s = time.monotonic()
+        return result
+
+    async def _try_twice(self, lane: "_Lane", work: Work[T]) -> T:
+        """The second time where a connection had died while nobody used it."""
+        try:
+            return await lane.run(work)
+        except SQLAlchemyError as exc:
+            if not _may_mend(exc):
+                raise
+        return await lane.run(work)
 
 
 class _Lane(Protocol):

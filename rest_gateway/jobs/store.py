@@ -240,7 +240,7 @@ class SqlJobStore:
     async def reap(self) -> Reaped:
         """See JobStore. After an outage the workers get a heartbeat's time first: their leases ran out, not they."""
         await self.prepare()
-        may_lose = not self._database.has_failed_within(self._settings.lease_s / 2)
+        may_lose = not self._database.was_away_within(self._settings.lease_s / 2)
         reaped = await self._database.transaction(lambda connection: self._reap(connection, may_lose=may_lose))
         self._waiting += len(reaped.lost)
         return reaped
