@@ -27,10 +27,14 @@ from router.servicers.convert import Terms, check_name
 # Characters that names, shapes and parameters of a request may have together. They are kept with the key, of which
 # there may be ten thousand, and go with every batch of it.
 MAX_HEAD_CHARACTERS = 8192
-# BYTES elements of a request: each takes 0.1-0.2 µs to pass, and the others wait meanwhile.
-MAX_ELEMENTS = 131_072
 # What a parameter or a dimension counts as beside its name.
 NUMBER_CHARACTERS = 8
+# So there cannot be more inputs, outputs, dimensions and parameters in all.
+MAX_THINGS = MAX_HEAD_CHARACTERS // NUMBER_CHARACTERS
+# Of a parameter's value in an error.
+MAX_SHOWN_CHARACTERS = 100
+# BYTES elements of a request: each takes 0.1-0.2 µs to pass, and the others wait meanwhile.
+MAX_ELEMENTS = 131_072
 MICROSECONDS = 1e6
 
 _AGENT_TYPE, _TIMEOUT, _PRIORITY = "agent_type", "timeout", "priority"
@@ -95,7 +99,7 @@ class Targets:
         _types: tuple[type, ...],
     ) -> Target:
         model_name, model_version = model
-        self._check_names(model_name, model_version, agent_type, inputs, parameters)
+        self._check_names(model_name, model_version, agent_type)
         settings = self._settings.route(model_name, agent_type)
         if settings is None:
             raise NotFound(f"no model {model_name!r} for agent type {agent_type!r}")
@@ -103,24 +107,13 @@ class Targets:
             parameters = tuple(sorted([*parameters, (_AGENT_TYPE, agent_type)], key=lambda item: item[0]))
         return Target(BatchKey(model_name, model_version, agent_type, inputs, parameters), settings.max_batch_bytes)
 
-    def _check_names(
-        self,
-        model_name: str,
-        model_version: str,
-        agent_type: str,
-        inputs: tuple[TensorSpec, ...],
-        parameters: tuple[tuple[str, ParameterValue], ...],
-    ) -> None:
+    def _check_names(self, model_name: str, model_version: str, agent_type: str) -> None:
         if not model_name:
             raise InvalidArgument("model_name is empty")
         longest = self._settings.limits.max_name_length
         named = {"model_name": model_name, "model_version": model_version, "agent_type": agent_type}
         for field, name in named.items():
             check_name(field, name, longest)
-        for spec in inputs:
-            check_name("an input's name", spec.name, longest)
-        for name, _ in parameters:
-            check_name("a parameter's name", name, longest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +152,7 @@ def _whole_number(name: str, parameters: Parameters) -> int:
     """0 when it is absent."""
     value = _value(name, parameters[name]) if name in parameters else 0
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise InvalidArgument(f"parameter {name!r} is {value!r}; it must be a whole number from 0")
+        raise InvalidArgument(f"parameter {name!r} is {_shown(value)}; it must be a whole number from 0")
     return value
 
 
@@ -171,6 +164,11 @@ def _value(name: str, parameter: pb.InferParameter) -> ParameterValue:
     if isinstance(value, float) and math.isnan(value):  # equals nothing: every such request would have a key of its own
         raise InvalidArgument(f"parameter {name!r} is not a number")
     return value
+
+
+def _shown(value: ParameterValue) -> str:
+    """For an error; a text may have megabytes."""
+    return repr(value[:MAX_SHOWN_CHARACTERS] if isinstance(value, str) else value)
 
 
 def _agent_type(parameters: Parameters) -> str:
@@ -202,19 +200,46 @@ def _refuse_parameters(owner: str, parameters: Parameters) -> None:
 
 def read(request: pb.ModelInferRequest, targets: Targets, limits: LimitSettings) -> Rows:
     """Check the request and take its rows. Raises RouterError."""
-    check_name("id", request.id, limits.max_name_length)
+    _check_counts(request)
+    _check_names(request, limits.max_name_length)
     specs, rows = _read_specs(request.inputs)
     parameters = _of_the_key(request.parameters)
     _check_head(specs, parameters)
     model = request.model_name, request.model_version
     target = targets.find(model, _agent_type(request.parameters), specs, parameters)
-    _check_outputs(request.outputs, limits)
+    _check_outputs(request.outputs)
     if target.key.row_bytes > target.max_row_bytes:
         raise _too_wide(target.key.row_bytes, target)
     inputs = _read_contents(request, specs, rows)
     read = Rows(target, rows, inputs, _scan(specs, inputs, rows))
     _check_widest(read)
     return read
+
+
+def _check_counts(request: pb.ModelInferRequest) -> None:
+    """Before anything is looked at one by one: a message has room for millions, and each would take microseconds."""
+    inputs, outputs = request.inputs, request.outputs
+    things = len(inputs) + len(outputs) + len(request.parameters)
+    things += sum(len(tensor.shape) + len(tensor.parameters) for tensor in inputs[:MAX_THINGS])
+    things += sum(len(output.parameters) for output in outputs[:MAX_THINGS])
+    if things > MAX_THINGS:
+        what = f"inputs, outputs, dimensions and parameters take {things * NUMBER_CHARACTERS} characters or more"
+        raise InvalidArgument(f"{what}, at most {MAX_HEAD_CHARACTERS} are allowed")
+
+
+def _check_names(request: pb.ModelInferRequest, longest: int) -> None:
+    """Before any of them is part of an error."""
+    check_name("id", request.id, longest)
+    names = [*request.parameters]
+    for tensor in request.inputs:
+        check_name("an input's name", tensor.name, longest)
+        check_name("a datatype", tensor.datatype, longest)
+        names += tensor.parameters
+    for output in request.outputs:
+        check_name("an output's name", output.name, longest)
+        names += output.parameters
+    for name in names:
+        check_name("a parameter's name", name, longest)
 
 
 def _read_specs(inputs: Sequence[InputTensor]) -> tuple[tuple[TensorSpec, ...], int]:
@@ -253,9 +278,8 @@ def _check_head(specs: Sequence[TensorSpec], parameters: Sequence[tuple[str, Par
         raise InvalidArgument(f"{what}, at most {MAX_HEAD_CHARACTERS} are allowed")
 
 
-def _check_outputs(outputs: Sequence[pb.ModelInferRequest.InferRequestedOutputTensor], limits: LimitSettings) -> None:
+def _check_outputs(outputs: Sequence[pb.ModelInferRequest.InferRequestedOutputTensor]) -> None:
     for output in outputs:
-        check_name("an output's name", output.name, limits.max_name_length)
         _refuse_parameters(f"output {output.name!r}", output.parameters)
     if len({output.name for output in outputs}) < len(outputs):
         raise InvalidArgument("an output is asked for twice")

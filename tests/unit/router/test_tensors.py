@@ -196,6 +196,35 @@ def test_a_head_that_is_too_long_is_refused_whatever_it_is_made_of() -> None:
     assert "at most 8192 are allowed" in refusal(request(*many, raw=[bytes(4)] * 1000))
 
 
+def test_what_a_request_lists_is_counted_before_it_is_looked_at() -> None:
+    """Bug: a million inputs, outputs or parameters, 10 MB, held everybody up for seconds before they were refused, and
+    parameters that are not of the key were not refused at all."""
+    many_outputs = request(tensor("x", "FP32", [1]), raw=[bytes(4)])
+    for number in range(1024):
+        many_outputs.outputs.add(name=str(number))
+    many_parameters = request(tensor("x", "FP32", [1]), raw=[bytes(4)])
+    of_an_input = request(tensor("x", "FP32", [1]), raw=[bytes(4)])
+    for number in range(1024):
+        many_parameters.parameters[f"triton_{number}"].bool_param = True
+        of_an_input.inputs[0].parameters[f"binary_data_{number}"].bool_param = True
+    message = "inputs, outputs, dimensions and parameters take 8208 characters or more, at most 8192 are allowed"
+    assert refusal(many_outputs) == refusal(many_parameters) == refusal(of_an_input) == message
+    del many_outputs.outputs[-2:]
+    assert rows_of_request(many_outputs).rows == 1
+
+
+def test_what_an_error_quotes_is_short() -> None:
+    """Bug: errors quoted names and values of megabytes, 160 ms of work for a text that nobody would see the end of."""
+    named = request(tensor("\x01" * 257, "FP32", [1]), raw=[bytes(4)])
+    named.inputs[0].parameters["p"].bool_param = True
+    assert refusal(named) == "an input's name has 257 characters, at most 256 are allowed"
+    assert refusal(request(tensor("x", "D" * 257, [1]))) == "a datatype has 257 characters, at most 256 are allowed"
+    valued = {"timeout": pb.InferParameter(string_param="x" * 1000)}
+    with pytest.raises(InvalidArgument) as refused:
+        timeout_s(valued)
+    assert refused.value.message == f"parameter 'timeout' is '{'x' * 100}'; it must be a whole number from 0"
+
+
 @pytest.mark.parametrize(("microseconds", "seconds"), [(0, None), (1, 1e-6), (2_500_000, 2.5)])
 def test_a_timeout_is_in_microseconds_and_zero_is_none(microseconds: int, seconds: float | None) -> None:
     assert timeout_s({"timeout": pb.InferParameter(int64_param=microseconds)}) == seconds
