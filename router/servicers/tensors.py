@@ -36,6 +36,8 @@ MAX_SHOWN_CHARACTERS = 100
 # BYTES elements of a request: each takes 0.1-0.2 µs to pass, and the others wait meanwhile.
 MAX_ELEMENTS = 131_072
 MICROSECONDS = 1e6
+# Elements of a shape, whatever there is of them: a shape costs nothing to write.
+MAX_COUNTABLE = 2**63 - 1
 
 _AGENT_TYPE, _TIMEOUT, _PRIORITY = "agent_type", "timeout", "priority"
 _NOT_OF_THE_KEY = frozenset({_AGENT_TYPE, _TIMEOUT, _PRIORITY, "headers", "classification"})
@@ -254,6 +256,9 @@ def _read_specs(inputs: Sequence[InputTensor]) -> tuple[tuple[TensorSpec, ...], 
             raise InvalidArgument(f"input {tensor.name!r} has {tensor.shape[0]} rows where {first}")
     if len({spec.name for spec in specs}) < len(specs):
         raise InvalidArgument("two inputs have the same name")
+    for spec in specs:
+        if rows * spec.row_elements > MAX_COUNTABLE:  # a number of thousands of digits, which Python refuses to print
+            raise InvalidArgument(f"input {spec.name!r} has a shape of more than {MAX_COUNTABLE} elements")
     return specs, rows
 
 

@@ -213,6 +213,13 @@ def test_what_a_request_lists_is_counted_before_it_is_looked_at() -> None:
     assert rows_of_request(many_outputs).rows == 1
 
 
+@pytest.mark.parametrize("datatype", ["BYTES", "FP32"])
+def test_a_shape_beyond_counting_is_its_senders_fault(datatype: str) -> None:
+    """Bug: the number of its elements had too many digits to be printed, and the error became one of ours."""
+    message = refusal(request(tensor("x", datatype, [1, *[2**62] * 500]), raw=[b""]))
+    assert message == "input 'x' has a shape of more than 9223372036854775807 elements"
+
+
 def test_what_an_error_quotes_is_short() -> None:
     """Bug: errors quoted names and values of megabytes, 160 ms of work for a text that nobody would see the end of."""
     named = request(tensor("\x01" * 257, "FP32", [1]), raw=[bytes(4)])
