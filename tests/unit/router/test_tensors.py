@@ -1,6 +1,7 @@
 """Open Inference Protocol requests to rows and back: what the wire's form does not change, and what it does."""
 
 import struct
+import tracemalloc
 from collections.abc import Sequence
 
 import numpy as np
@@ -218,6 +219,29 @@ def test_a_shape_beyond_counting_is_its_senders_fault(datatype: str) -> None:
     """Bug: the number of its elements had too many digits to be printed, and the error became one of ours."""
     message = refusal(request(tensor("x", datatype, [1, *[2**62] * 500]), raw=[b""]))
     assert message == "input 'x' has a shape of more than 9223372036854775807 elements"
+
+
+@pytest.mark.parametrize(("elements", "is_refused"), [(1_048_576, False), (1_048_577, True)])
+def test_typed_contents_of_megabytes_are_refused(elements: int, *, is_refused: bool) -> None:
+    """Bug: 15 million typed elements, 16 MiB, held everybody up for a second while they were made raw ones."""
+    message = request(tensor("x", "BOOL", [1, elements], pb.InferTensorContents(bool_contents=[True] * elements)))
+    if is_refused:
+        what = "1048577 elements in typed contents, at most 1048576 are allowed; raw_input_contents may hold more"
+        assert refusal(message) == what
+    else:
+        assert rows_of_request(message).inputs == (b"\1" * elements,)
+
+
+def test_rows_of_one_width_cost_nothing_each() -> None:
+    """Bug: the width of each row was made a number of eight bytes, although all are equal."""
+    data = bytes(1024 * 1024)
+    message = request(tensor("x", "BOOL", [len(data)]), raw=[data])
+    tracemalloc.start()
+    try:
+        assert rows_of_request(message).rows == len(data)
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(data)
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_an_error_quotes_is_short() -> None:
