@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -131,20 +131,24 @@ class StreamSession:
 
     async def _take(self, request: pb.PredictStreamRequest) -> None:
         """First the cancels of calls that were open before this message, so that their ids may come back in it."""
-        late_cancels = []
-        for count, call_id in enumerate(request.cancels, 1):
-            if not self._cancel(call_id):
-                late_cancels.append(call_id)
-            if count % TURN == 0:
-                await asyncio.sleep(0)
+        late_cancels = await self._cancel_all(request.cancels)
         for some in convert.read_calls(request.calls, TURN, self._around.settings.limits.max_agents):
             if self._is_overfull:
                 await self._wait_for_reader()
             self._begin_all(some)
             await asyncio.sleep(0)  # one message may hold a million calls: let the others go on
-        for call_id in late_cancels:
-            self._cancel(call_id)
+        await self._cancel_all(late_cancels)
         self._something_to_do.set()
+
+    async def _cancel_all(self, call_ids: Iterable[int]) -> list[int]:
+        """Those that name no call of the stream come back; a message has room for millions of them."""
+        unknown = []
+        for count, call_id in enumerate(call_ids, 1):
+            if not self._cancel(call_id):
+                unknown.append(call_id)
+            if count % TURN == 0:
+                await asyncio.sleep(0)
+        return unknown
 
     @property
     def _is_overfull(self) -> bool:
