@@ -20,7 +20,7 @@ from router.errors import InvalidArgument, ModelFailed, NotFound, RouterError
 
 # Taken off a gRPC deadline, so that our own answer still arrives in time.
 GRPC_DEADLINE_MARGIN_S = 0.020
-# Bad rows that are told apart in one block; past it the block is refused whole.
+# Bad rows that are told apart in one call; a block that holds more than are left of them is refused whole.
 MAX_BAD_ROWS = 1024
 FLOAT32 = np.dtype("<f4")
 FloatArray = npt.NDArray[np.float32]
@@ -200,8 +200,12 @@ def are_finite(vectors: Sequence[bytes]) -> bool:
     return are_whole and _is_finite(np.frombuffer(b"".join(vectors), FLOAT32))
 
 
-def finite_runs(vectors: bytes, rows: int, dim: int) -> list[Run]:
-    """Tell rows with a NaN or an infinity from the rest; a bad row's message names its first bad value."""
+def finite_runs(vectors: bytes, rows: int, dim: int, most_bad: int = MAX_BAD_ROWS) -> list[Run]:
+    """Tell rows with a NaN or an infinity from the rest; a bad row's message names its first bad value.
+
+    Raises:
+        InvalidArgument: there are more than `most_bad` of them.
+    """
     flat = np.frombuffer(vectors, FLOAT32)
     if _is_finite(flat):
         return [Run(0, rows, None)]
@@ -209,8 +213,9 @@ def finite_runs(vectors: bytes, rows: int, dim: int) -> list[Run]:
     matrix = finite.reshape(rows, dim)
     is_good = np.logical_and.reduce(matrix, axis=1)
     bad_rows = len(is_good) - int(np.count_nonzero(is_good))
-    if bad_rows > MAX_BAD_ROWS:
-        raise InvalidArgument(f"{bad_rows} rows hold NaN or infinity; more than {MAX_BAD_ROWS} are not told apart")
+    if bad_rows > most_bad:
+        what = f"more than {MAX_BAD_ROWS} in one call are not told apart"
+        raise InvalidArgument(f"{bad_rows} rows hold NaN or infinity; {what}")
     begins = ~is_good[1:] | ~is_good[:-1]
     starts = [0, *(np.flatnonzero(begins) + 1).tolist()]
     ends = [*starts[1:], rows]

@@ -133,10 +133,13 @@ class StreamSession:
         """First the cancels of calls that were open before this message, so that their ids may come back in it."""
         late_cancels = await self._cancel_all(request.cancels)
         for some in convert.read_calls(request.calls, TURN, self._around.settings.limits.max_agents):
-            if self._is_overfull:
-                await self._wait_for_reader()
-            self._begin_all(some)
-            await asyncio.sleep(0)  # one message may hold a million calls: let the others go on
+            are_finite = convert.are_finite([block.vectors for call in some for block in call.blocks])
+            # One message may hold a million calls: let the others go on. A call with a thousand bad rows is as much.
+            for turn in (some,) if are_finite else [[call] for call in some]:
+                if self._is_overfull:
+                    await self._wait_for_reader()
+                self._begin_all(turn, are_finite=are_finite)
+                await asyncio.sleep(0)
         await self._cancel_all(late_cancels)
         self._something_to_do.set()
 
@@ -171,8 +174,7 @@ class StreamSession:
         reply.cancelled()
         self._messages_to_sift = len(self._outbox)
 
-    def _begin_all(self, calls: Sequence[convert.RawCall]) -> None:
-        are_finite = convert.are_finite([block.vectors for call in calls for block in call.blocks])
+    def _begin_all(self, calls: Sequence[convert.RawCall], *, are_finite: bool) -> None:
         now = self._loop.time()
         for call in calls:
             self._begin(call, now, are_finite=are_finite)
@@ -337,6 +339,7 @@ class _StreamReply:
         deadline = terms.deadline
         call = self._call = around.plane.open(self, self._rows, terms.timeout_s)
         blocks: list[Block] = []
+        most_bad = convert.MAX_BAD_ROWS
         for index, block in enumerate(raw.blocks):
             agent_type, model_name, rows, dim, vectors = block
             self._routes.append(None)
@@ -348,16 +351,24 @@ class _StreamReply:
                 if are_finite:
                     blocks.append(Block(key, index, 0, rows, (vectors,), key.row_bytes, now, deadline, call))
                 else:
-                    blocks += self._good_blocks(call, route, index, block, terms)
+                    good = self._good_blocks(call, route, index, block, terms, most_bad)
+                    most_bad -= rows - sum(one.rows for one in good)
+                    blocks += good
             except RouterError as error:
                 call.fail_rows(index, 0, block.rows, error)
         around.plane.infer(call, blocks)
 
     def _good_blocks(
-        self, call: Call, route: convert.Route, index: int, block: convert.RawBlock, terms: convert.Terms
+        self,
+        call: Call,
+        route: convert.Route,
+        index: int,
+        block: convert.RawBlock,
+        terms: convert.Terms,
+        most_bad: int,
     ) -> Sequence[Block]:
         """The block's good rows; its bad ones fail at once. Raises RouterError for a fault of the whole block."""
-        runs = convert.finite_runs(block.vectors, block.rows, block.dim)
+        runs = convert.finite_runs(block.vectors, block.rows, block.dim, most_bad)
         for run in runs:
             if run.error is not None:
                 call.fail_rows(index, run.first, run.rows, run.error)

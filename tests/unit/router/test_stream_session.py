@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import cast
@@ -173,6 +174,39 @@ async def test_what_is_not_finite_costs_its_own_call_whoever_shares_its_message(
         one.client.send(call(4, 4))
         await seconds(2)
         assert sorted(one.client.told) == [(1, 2.0), (2, "INVALID_ARGUMENT"), (3, 6.0), (4, 8.0)]
+
+
+def half_bad(call_id: int, rows: int, blocks: int = 1) -> pb.Call:
+    """In each block every second row is not finite."""
+    vectors = np.tile(np.array([math.nan, 1], "<f4"), rows // 2).tobytes()
+    block = pb.Block(model_name="m", rows=rows, dim=1, vectors=vectors)
+    return pb.Call(call_id=call_id, blocks=[block] * blocks)
+
+
+async def test_a_call_has_a_thousand_bad_rows_told_apart_and_no_more() -> None:
+    """Bug: each of its blocks had, so a call of 8 MiB had a million, and held everybody up for half a minute."""
+    async with running() as one:
+        one.client.send(half_bad(1, rows=1024, blocks=4))
+        await seconds(30)
+        bad = [(answer.block, answer.rows) for answer in one.client.answers if answer.error.code]
+        assert bad == [(0, 1)] * 512 + [(1, 1)] * 512 + [(2, 1024), (3, 1024)]
+        told = one.client.answers[-1]
+        assert told.done
+        assert sum(answer.rows for answer in one.client.answers) == 4096
+        message = "512 rows hold NaN or infinity; more than 1024 in one call are not told apart"
+        assert message in {answer.error.message for answer in one.client.answers}
+
+
+async def test_calls_with_bad_rows_are_begun_one_a_turn() -> None:
+    """Bug: a hundred of them, a thousand bad rows each, were begun in one turn of the loop, which took seconds."""
+    async with running() as one:
+        one.client.send(*(half_bad(number, rows=2) for number in range(100)))
+        turns = 0
+        while "100 open calls" not in repr(one.session):
+            turns += 1
+            await asyncio.sleep(0)
+        assert turns >= 100
+        await seconds(30)
 
 
 async def test_a_call_leaves_nothing_for_the_garbage_collector() -> None:
