@@ -7,15 +7,20 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from uuid import uuid4
 
 import httpx
 import pytest
 
 from rest_gateway.app import GatewayRouter, Server, create_app, make_parts
 from rest_gateway.config import Settings
-from rest_gateway.jobs.records import JobStore
+from rest_gateway.jobs.records import Claimed, JobStore
+from rest_gateway.jobs.tasks import Later, Tasks
 from rest_gateway.listener import bind
+from rest_gateway.routes import answers
 from rest_gateway.routes.lifetime import OpenRequests
+from rest_gateway.schemas.jobs import encode_text
+from rest_gateway.schemas.predict import TextCall
 from router_client import RouterClient
 from tests import fakes
 from tests.unit.rest_gateway.fake_router import FakeRouter
@@ -409,6 +414,18 @@ async def test_without_a_router_the_answer_is_503_after_the_wait() -> None:
             "router": "unreachable",
             "database": "connected",
         }
+
+
+async def test_a_text_that_finds_no_router_waits_for_one() -> None:
+    """The client's failures used to be of a class that the job did not know, and ended it as unexpected ones."""
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        target = f"127.0.0.1:{nobody.getsockname()[1]}"
+    job = Claimed(
+        id=uuid4(), kind="text", tenant="", attempt=1, input=encode_text(TextCall("fine", None)), expires_in_s=60
+    )
+    async with RouterClient(target, router_wait_s=0.2) as router:
+        outcome = await Tasks(router, answers.end_of_job).run(job)
+    assert outcome == Later(1.0, "UNAVAILABLE: no router took the request in 0.2 s")
 
 
 async def test_with_a_router_every_agent_gets_its_own_answer_in_every_form() -> None:
