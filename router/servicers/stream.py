@@ -339,7 +339,7 @@ class _StreamReply:
         deadline = terms.deadline
         call = self._call = around.plane.open(self, self._rows, terms.timeout_s)
         blocks: list[Block] = []
-        most_bad = convert.MAX_BAD_ROWS
+        bad_rows = 0
         for index, block in enumerate(raw.blocks):
             agent_type, model_name, rows, dim, vectors = block
             self._routes.append(None)
@@ -351,8 +351,8 @@ class _StreamReply:
                 if are_finite:
                     blocks.append(Block(key, index, 0, rows, (vectors,), key.row_bytes, now, deadline, call))
                 else:
-                    good = self._good_blocks(call, route, index, block, terms, most_bad)
-                    most_bad -= rows - sum(one.rows for one in good)
+                    good = self._good_blocks(call, route, index, block, terms, convert.MAX_BAD_ROWS - bad_rows)
+                    bad_rows += rows - sum(one.rows for one in good)
                     blocks += good
             except RouterError as error:
                 call.fail_rows(index, 0, block.rows, error)
