@@ -17,5 +17,6 @@ fi
 awk '/^uv==/ { found = 1 } found { print; if (!/\\$/) exit }' requirements-dev.txt >.venv/uv.txt
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --only-binary :all: \
     -r .venv/uv.txt
-tools/uv.sh pip sync --quiet --require-hashes requirements-dev.txt
+# Compiled now, once: where PYTHONDONTWRITEBYTECODE is set each start would do it anew, 4 s of CPU for the gateway.
+tools/uv.sh pip sync --quiet --require-hashes --compile-bytecode requirements-dev.txt
 touch .venv/.synced
