@@ -22,11 +22,14 @@ COPY router router
 COPY rest_gateway rest_gateway
 COPY deploy/healthcheck.py deploy/healthcheck.py
 # Compiled here: the user below cannot write. Checked by hash: a layer need not keep the files' times.
-RUN python -m compileall -q --invalidation-mode checked-hash .
+RUN python -m compileall -q --invalidation-mode checked-hash . \
+    && mkdir /data
 
 FROM python:3.12-slim
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /app /app
+# The only place where the user below may write; a volume put here takes over the owner.
+COPY --from=build --chown=10001:10001 /data /data
 WORKDIR /app
 # Loopback, the programs' own default, is out of reach from outside a container.
 ENV PATH=/opt/venv/bin:$PATH \
@@ -34,7 +37,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     ROUTER_LISTEN=0.0.0.0:50051 \
     ROUTER_METRICS=0.0.0.0:9091 \
-    GATEWAY_LISTEN=0.0.0.0:8000
+    GATEWAY_LISTEN=0.0.0.0:8000 \
+    DATABASE_URL=sqlite:////data/jobs.sqlite3
 # By number: Kubernetes' runAsNonRoot cannot look up a name.
 USER 10001:10001
 EXPOSE 8000 9091 50051 50061

@@ -36,7 +36,7 @@ run: $(VENV) ## start mock, router and gateway; Ctrl-C drains and stops them
 test: $(VENV) ## run all tests, two files at a time; PYTEST_ARGS="-k batch -x" for some, TEST_WORKERS=0 for one by one
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-bench: $(VENV) ## measure speed, about six minutes; BENCH_ARGS="--quick" for one
+bench: $(VENV) ## measure speed, about nine minutes; BENCH_ARGS="--quick" for one and a half
 	@$(BIN)/python -m bench $(BENCH_ARGS)
 
 load-rest: $(VENV) $(LOAD_VENV) ## put load on REST with locust, 20 s; LOAD_ARGS="--users 200", LOAD_HOST to aim elsewhere
@@ -57,7 +57,7 @@ $(GHZ):
 	@GOBIN="$(CURDIR)/.tools" go install github.com/bojand/ghz/cmd/ghz@$(GHZ_VERSION)
 	@mv .tools/ghz $@
 
-check: $(VENV) ## lint, format, types, imports, generated code, protos, requirements, Dockerfile; writes nothing
+check: $(VENV) ## lint, format, types, imports, generated code, protos, requirements, Dockerfile, compose; writes nothing
 	$(BIN)/ruff check --no-cache --quiet
 	$(BIN)/ruff format --no-cache --check --quiet
 	$(BIN)/mypy
@@ -68,6 +68,7 @@ check: $(VENV) ## lint, format, types, imports, generated code, protos, requirem
 	$(BIN)/buf breaking --against protos/baseline.binpb
 	$(BIN)/python tools/check_requirements.py
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
 
 format: $(VENV) ## let ruff and buf rewrite what they can
 	$(BIN)/ruff check --fix-only --quiet
