@@ -4,15 +4,20 @@ import json
 import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.acceptance.processes import ROOT, running
 
 README = (ROOT / "README.md").read_text()
+# The second request of the job's story comes while the job runs.
+MOCK = ("--listen", "127.0.0.1:0", "--latency", "0.05", "--latency", "sentiment=2")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -25,7 +30,7 @@ def example(beginning: str) -> int:
 def ports() -> Iterator[dict[str, str]]:
     """The README's addresses to those that serve this test."""
     with ExitStack() as stack:
-        mock = stack.enter_context(running("mock_nn", "--listen", "127.0.0.1:0", "--latency", "0.05"))
+        mock = stack.enter_context(running("mock_nn", *MOCK))
         backend = mock.wait_for(r"listening on ([\d.:]+)")[1]
         router = stack.enter_context(
             running(
@@ -59,6 +64,36 @@ def test_the_first_curl_answers_what_stands_below_it(ports: dict[str, str]) -> N
 def test_the_streaming_curl_answers_what_stands_below_it(ports: dict[str, str]) -> None:
     number = example("curl -sSN http")
     assert paste(BLOCKS[number][1], ports) == BLOCKS[number + 1][1]
+
+
+def test_the_story_of_a_job_goes_as_it_is_told(ports: dict[str, str]) -> None:
+    wait_until_ready(f"http://{ports['127.0.0.1:8000']}/readyz")
+    first = next(number for number, (_, text) in enumerate(BLOCKS) if '{"text":' in text)
+    told = [json.loads(BLOCKS[first + number][1]) for number in (1, 3, 5)]
+    submitted = json.loads(paste(BLOCKS[first][1], ports))
+    ids = {told[0]["job_id"]: submitted["job_id"]}
+    answers = [submitted, *(json.loads(paste(BLOCKS[first + number][1], ports | ids)) for number in (2, 4))]
+    assert [without_chance(answer) for answer in answers] == [without_chance(answer) for answer in told]
+    assert {answer["job_id"] for answer in answers} == {submitted["job_id"]}
+
+
+def without_chance(job: dict[str, Any]) -> dict[str, Any]:
+    """Of id and times only whether they are there."""
+    return {
+        name: value is not None if name == "job_id" or name.endswith("_at") else value for name, value in job.items()
+    }
+
+
+def wait_until_ready(url: str) -> None:
+    """From then on a job is run at once, if there is room."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while True:
+        try:
+            opener.open(url, timeout=10).close()
+        except urllib.error.HTTPError as answer:
+            answer.close()
+        else:
+            return
 
 
 def test_buf_curl_needs_no_proto_file(ports: dict[str, str]) -> None:
