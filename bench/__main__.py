@@ -19,12 +19,14 @@ from typing import Any
 
 from bench import chart, report, surroundings
 from bench.plan import ALL_GROUPS, QUICK, Extent, Group, make_plan
+from bench.postgres import why_missing
 from bench.processes import BenchError
 from bench.progress import Progress
 from bench.results import GroupResult
 from bench.runner import run
 
 DEFAULT_DIRECTORY = surroundings.ROOT / "var" / "bench"
+DISK = Path("/var/tmp")  # often /tmp is in memory, where a commit costs nothing
 INTERRUPTED = 130
 
 
@@ -34,9 +36,10 @@ def main(arguments: list[str]) -> int:
     environment = dict(options.set)
     described = surroundings.describe(arguments, environment)
     plan = make_plan(_extent(options))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
     signal.signal(signal.SIGTERM, _as_if_interrupted)
     try:
-        found = _measure(plan, environment)
+        found = _measure(plan, environment, options.job_databases)
     except BenchError as exc:
         print(f"bench: {exc}", file=sys.stderr)
         return 1
@@ -48,9 +51,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _measure(plan: Sequence[Group], environment: dict[str, str]) -> list[GroupResult]:
+def _measure(plan: Sequence[Group], environment: dict[str, str], databases: Path) -> list[GroupResult]:
     with contextlib.closing(Progress(sum(group.estimate_s for group in plan))) as progress:
-        return asyncio.run(run(plan, environment, progress))
+        return asyncio.run(run(plan, environment, progress, databases))
 
 
 def _as_if_interrupted(_number: int, _frame: FrameType | None) -> None:
@@ -86,7 +89,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     full = Extent()
     add = parser.add_argument
-    add("--quick", action="store_true", help="one short round: about a minute, rough figures")
+    add("--quick", action="store_true", help="one short round: about a minute and a half, rough figures")
     add("--groups", type=_groups, metavar="A,B", help=f"only these of {', '.join(ALL_GROUPS)}")
     add("--callers", type=_counts, metavar="N,N", help="of the zero-time group (default 1,16,64,256)")
     add("--rounds", type=_count, metavar="N", help=f"default {full.rounds}")
@@ -100,6 +103,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     add("--held-calls", type=_count, metavar="N", help=f"held open at a time (default {full.held_calls:,})")
     add("--held-latency-s", type=_seconds, metavar="S", help=f"of their model (default {full.held_latency_s:g})")
+    add("--job-rows", type=_count, metavar="N", help=f"finished jobs in the databases (default {full.job_rows:,})")
+    add(
+        "--job-databases",
+        type=Path,
+        default=DISK,
+        metavar="DIR",
+        help="where databases are made for a while: on a disk, or commits are not durable (default %(default)s)",
+    )
     add(
         "--set",
         type=_variable,
@@ -114,9 +125,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _extent(options: argparse.Namespace) -> Extent:
     """The full or the quick one, with what was said on top."""
-    names = ("groups", "callers", "rounds", "seconds", "load_processes", "held_calls", "held_latency_s")
+    names = ("groups", "callers", "rounds", "seconds", "load_processes", "held_calls", "held_latency_s", "job_rows")
     said = {name: value for name in names if (value := getattr(options, name)) is not None}
-    return replace(QUICK if options.quick else Extent(), **said)
+    return replace(QUICK if options.quick else Extent(), no_postgresql=why_missing(), **said)
 
 
 def _default_load_processes(cores: int) -> int:

@@ -4,6 +4,7 @@ once, and an answer is looked at no closer than it takes to tell success from fa
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
@@ -12,7 +13,8 @@ import numpy as np
 import orjson
 from grpc import aio
 
-from bench.workloads import AGENT_TYPE, AgentRow, Workload
+from bench.orders import Order
+from bench.workloads import AGENT_TYPE, TEXT, WORKLOADS, AgentRow, Workload
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from router_client import RouterClient
 
@@ -83,31 +85,30 @@ class StreamClient:
         await self._client.aclose()
 
 
-class RestClient:
+class HttpClient:
     """`POST /predict` over HTTP/1.1, one kept-alive connection per caller (httpx would cost 1 ms per request)."""
 
-    def __init__(self, address: str, workload: Workload) -> None:
+    def __init__(self, address: str, bodies: Sequence[bytes], *, status: int) -> None:
         self._host, self._port = _host_and_port(address)
-        self._requests = [_http_request(address, agents) for agents in workload.requests()]
-        self._lengths: list[int] = []
+        self._requests = [_http_request(address, body) for body in bodies]
+        self._status = status
         self._idle: list[_Connection] = []
         self._all: list[_Connection] = []
 
     async def open(self) -> None:
-        for request in self._requests:
-            connection = await self._connect()
-            status, length = await connection.exchange(request)
-            if status != 200:
-                raise AskError(f"HTTP {status}")
-            self._lengths.append(length)
-            self._idle.append(connection)
+        for variant in range(len(self._requests)):
+            await self.ask(variant)
 
     async def ask(self, variant: int) -> None:
         connection = self._idle.pop() if self._idle else await self._connect()
         status, length = await connection.exchange(self._requests[variant])
         self._idle.append(connection)  # one that failed is dropped
-        if status != 200 or length != self._lengths[variant]:
-            raise AskError(f"HTTP {status} with {length} bytes instead of {self._lengths[variant]}")
+        if status != self._status:
+            raise AskError(f"HTTP {status}")
+        self._check_length(variant, length)
+
+    def _check_length(self, variant: int, length: int) -> None:
+        """Raises AskError for an answer whose length tells that it is another one."""
 
     async def aclose(self) -> None:
         for connection in self._all:
@@ -118,6 +119,26 @@ class RestClient:
         _, connection = await loop.create_connection(_Connection, self._host, self._port)
         self._all.append(connection)
         return connection
+
+
+class RestClient(HttpClient):
+    """Agents that wait for their answers: a good one has the same length ever after."""
+
+    def __init__(self, address: str, workload: Workload) -> None:
+        super().__init__(address, [_agents_body(agents) for agents in workload.requests()], status=200)
+        self._lengths: dict[int, int] = {}
+
+    def _check_length(self, variant: int, length: int) -> None:
+        expected = self._lengths.setdefault(variant, length)
+        if length != expected:
+            raise AskError(f"an answer of {length} bytes instead of {expected}")
+
+
+class SubmitClient(HttpClient):
+    """Texts, each kept as a job when its answer comes."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address, [orjson.dumps({"text": TEXT})], status=202)
 
 
 class _Connection(asyncio.Protocol):
@@ -168,6 +189,20 @@ WAYS: dict[str, type[UnaryClient] | type[StreamClient] | type[RestClient]] = {
 }
 
 
+def make_client(order: Order) -> Client:
+    """The callers that an order asks for."""
+    if order.way == "submit":
+        return SubmitClient(order.address)
+    if order.way == "store":
+        # The store's own modules, of which the other load processes need to know nothing.
+        from bench.store_clients import STORE_CLIENTS  # noqa: PLC0415
+
+        return STORE_CLIENTS[order.workload](order)
+    workload = WORKLOADS[order.workload]
+    assert isinstance(workload, Workload)
+    return WAYS[order.way](order.address, workload)
+
+
 def _predict_request(agents: list[AgentRow]) -> bytes:
     return pb.PredictRequest(
         agents={
@@ -193,8 +228,8 @@ def _blocks(agents: list[AgentRow]) -> list[pb.Block]:
     ]
 
 
-def _http_request(address: str, agents: list[AgentRow]) -> bytes:
-    body = orjson.dumps(
+def _agents_body(agents: list[AgentRow]) -> bytes:
+    return orjson.dumps(
         {
             "agents": {
                 agent.name: {"vector": agent.vector, "model_name": agent.model_name, "agent_type": AGENT_TYPE}
@@ -202,6 +237,9 @@ def _http_request(address: str, agents: list[AgentRow]) -> bytes:
             }
         }
     )
+
+
+def _http_request(address: str, body: bytes) -> bytes:
     head = (
         f"POST /predict HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"

@@ -12,9 +12,9 @@ import numpy as np
 class Figures:
     """One case, in one round or as the median of all. None: unknown, or the system has no such thing.
 
-    CPU is that of the whole process with its children, per vector; memory is the most that was seen. `load_busy` is the
-    share of one core that the busiest load process used: near 1 it may have been the limit. `others_busy` is how many
-    cores were used by processes that have no part in the case.
+    CPU is that of the whole process with its children, per vector (or job); memory is the most that was seen.
+    `load_busy` is the share of one core that the busiest load process used: near 1 it may have been the limit.
+    `others_busy` is how many cores were used by processes that have no part in the case.
     """
 
     requests_per_s: float
@@ -24,6 +24,7 @@ class Figures:
     router_us_per_vector: float | None = None
     gateway_us_per_vector: float | None = None
     mock_us_per_vector: float | None = None
+    database_us_per_vector: float | None = None
     batch_rows: float | None = None
     router_rss_mb: float | None = None
     gateway_rss_mb: float | None = None

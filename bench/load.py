@@ -10,7 +10,7 @@ import time
 
 import uvloop
 
-from bench.clients import WAYS, Client
+from bench.clients import Client, make_client
 from bench.orders import Order, Ready, Report, Window, from_line, to_line
 from bench.workloads import WORKLOADS
 
@@ -95,7 +95,7 @@ def _serve(runner: asyncio.Runner, order: Order) -> None:
 
 
 async def _connected(order: Order) -> Client:
-    client = WAYS[order.way](order.address, WORKLOADS[order.workload])
+    client = make_client(order)
     await client.open()
     return client
 

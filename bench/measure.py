@@ -40,13 +40,14 @@ async def measure(case: Case, group: Group, system: System, loads: Sequence[Prog
     rss_mb = await watch.look_until(window.end)
     after = await watch.end()
     reports = [from_line(Report, await load.read_line(READY_TIMEOUT_S + group.tail_s)) for load in loads]
+    await system.settle()
     return _figures(case, group, reports, before, after, rss_mb)
 
 
 async def _give_orders(case: Case, system: System, loads: Sequence[Program]) -> None:
     shares = _share(case.callers, len(loads))
     for load, callers in zip(loads, shares, strict=True):
-        order = Order(system.way, system.address, case.workload, callers, case.pause_s, case.rate_per_s)
+        order = Order(system.way, system.address, case.workload, callers, case.pause_s, case.rate_per_s, case.backlog)
         await load.send_line(to_line(order))
     for load in loads:
         from_line(Ready, await load.read_line(READY_TIMEOUT_S))
@@ -57,7 +58,12 @@ class _Watch:
 
     def __init__(self, system: System, loads: Sequence[Program]) -> None:
         self._system = system
-        servers = {"router": system.router, "gateway": system.gateway, "mock": system.mock}
+        servers = {
+            "router": system.router,
+            "gateway": system.gateway,
+            "mock": system.mock,
+            "database": system.database,
+        }
         self._programs = {name: program for name, program in servers.items() if program is not None}
         self._programs |= {f"load {number}": load for number, load in enumerate(loads)}
 
@@ -106,6 +112,7 @@ def _figures(
         router_us_per_vector=us_per_vector(busy.get("router"), vectors_per_s),
         gateway_us_per_vector=us_per_vector(busy.get("gateway"), vectors_per_s),
         mock_us_per_vector=us_per_vector(busy.get("mock"), vectors_per_s),
+        database_us_per_vector=us_per_vector(busy.get("database"), vectors_per_s),
         batch_rows=_mean_batch_rows(before.batches, after.batches),
         router_rss_mb=rss_mb.get("router"),
         gateway_rss_mb=rss_mb.get("gateway"),

@@ -22,6 +22,7 @@ class Order:
 
     With `rate_per_s` calls begin at that rate inside of the window, however long they take, and every one counts;
     `callers` is then without meaning. Else each caller asks, waits for the answer and `pause_s`, and asks again.
+    `backlog` jobs are laid in to wait before anything is asked.
     """
 
     way: str
@@ -30,6 +31,7 @@ class Order:
     callers: int = 1
     pause_s: float = 0.0
     rate_per_s: float = 0.0
+    backlog: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,25 +8,38 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.workloads import HELD, S1, S2, WORKLOADS
+from bench.workloads import CLAIM, CLAIM_FINISH, HELD, JOBS_PER_CLAIM, PAGE, S1, S2, SUBMIT, WORKLOADS
 
 CALLERS = (1, 16, 64, 256)
 ALL_SYSTEMS = ("echo", "unary", "stream", "rest")
-ALL_GROUPS = ("zero", "lone", "slot", "held")
+ALL_GROUPS = ("zero", "lone", "slot", "held", "jobs")
 LONE_PAUSE_S = 0.01
 SLOT_CALLERS = 64
 SLOT_SECONDS = 3  # as many times as long as the others: a batch takes 50 ms
+DATABASES = ("sqlite", "postgresql")
+JOB_CALLERS = 256
+JOB_RATE_PER_S = 200
+JOB_WORKERS = 4  # that claim and finish
+JOB_ROUNDS = 3
+JOB_SECONDS = 2  # as many times as long as the others: commits come in bunches
+JOB_TAIL_S = 1.0  # what was submitted is done
+MOST_FINISHES_PER_S = 15_000  # for which there are enough jobs
+ROWS_PER_S = 25_000  # that are filled in, roughly
 OVERHEAD_S = 0.4  # of one measurement, roughly
 START_S = 1.0  # of one system, roughly
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What the systems are told: seconds the model takes per batch, slots, the longest hold. Batches of 64 rows."""
+    """What the systems are told: seconds the model takes per batch, slots, the longest hold. Batches of 64 rows.
+
+    `job_rows`: finished jobs in the databases of which the store is asked.
+    """
 
     latency_s: float = 0.0
     max_in_flight: int = 4
     max_queue_delay_s: float = 0.002
+    job_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +52,11 @@ class Case:
     load_processes: int = 1
     pause_s: float = 0.0
     rate_per_s: float = 0.0
+    backlog: int = 0  # jobs that wait at the beginning
 
     @property
     def agents(self) -> int:
-        """Vectors per request."""
+        """Vectors, or jobs, per request."""
         return WORKLOADS[self.workload].agents
 
     @property
@@ -67,6 +81,8 @@ class Group:
     warm_s: float
     seconds: float
     tail_s: float = 0.0  # the last answers take that long
+    left_out: Sequence[Case] = ()  # what cannot be measured here
+    left_out_reason: str = ""
 
     @property
     def systems(self) -> list[str]:
@@ -74,9 +90,14 @@ class Group:
         return list(dict.fromkeys(case.system for case in self.cases))
 
     @property
+    def databases(self) -> list[str]:
+        """Those in which jobs are kept."""
+        return [name for name in DATABASES if any(system.startswith(name) for system in self.systems)]
+
+    @property
     def start_s(self) -> float:
         """How long its systems take to start, roughly."""
-        return START_S * len(self.systems)
+        return START_S * len(self.systems) + self.setting.job_rows / ROWS_PER_S
 
     @property
     def case_s(self) -> float:
@@ -96,7 +117,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much is measured; the defaults are the full run, about six minutes."""
+    """How much is measured; the defaults are the full run, about nine minutes.
+
+    `no_postgresql`: why there is none to be measured; "" where there is one.
+    """
 
     groups: Sequence[str] = ALL_GROUPS
     callers: Sequence[int] = CALLERS
@@ -107,15 +131,17 @@ class Extent:
     held_calls: int = 10_000
     held_latency_s: float = 5.0
     held_turns: int = 2  # how often the held calls are made
+    job_rows: int = 1_000_000
+    no_postgresql: str = ""
 
 
-QUICK = Extent(rounds=1, warm_s=0.2, seconds=0.5, held_turns=1)
-"""About a minute."""
+QUICK = Extent(rounds=1, warm_s=0.2, seconds=0.5, held_turns=1, job_rows=100_000)
+"""About a minute and a half."""
 
 
 def make_plan(extent: Extent) -> list[Group]:
     """The groups that are wanted."""
-    groups = (_zero(extent), _lone(extent), _slot(extent), _held(extent))
+    groups = (_zero(extent), _lone(extent), _slot(extent), _held(extent), _jobs(extent))
     return [group for group in groups if group.name in extent.groups]
 
 
@@ -159,3 +185,34 @@ def _held(extent: Extent) -> Group:
     title = f"Held open: {extent.held_calls:,} calls on one native stream, a model that takes {latency_s:g} s"
     seconds = extent.held_turns * latency_s
     return Group("held", title, setting, cases, 1, 0.1, seconds, tail_s=latency_s)
+
+
+def _jobs(extent: Extent) -> Group:
+    """The store's cases run in a load process, on a database of their own that holds very many finished jobs."""
+    cases = [case for database in DATABASES for case in _job_cases(database, extent)]
+    left_out = [case for case in cases if extent.no_postgresql and case.system.startswith("postgresql")]
+    return Group(
+        "jobs",
+        f"Jobs: zero-time model; the store is asked with {extent.job_rows:,} finished jobs in it",
+        Setting(job_rows=extent.job_rows),
+        [case for case in cases if case not in left_out],
+        min(extent.rounds, JOB_ROUNDS),
+        extent.warm_s,
+        JOB_SECONDS * extent.seconds,
+        tail_s=JOB_TAIL_S,
+        left_out=left_out,
+        left_out_reason=extent.no_postgresql,
+    )
+
+
+def _job_cases(database: str, extent: Extent) -> list[Case]:
+    longest_s = extent.warm_s + JOB_SECONDS * extent.seconds + 1
+    claims = round(longest_s / LONE_PAUSE_S) * JOBS_PER_CLAIM
+    store = f"{database}-store"
+    return [
+        Case(database, SUBMIT.name, JOB_CALLERS, load_processes_of(database, JOB_CALLERS, extent)),
+        Case(database, SUBMIT.name, rate_per_s=JOB_RATE_PER_S),
+        Case(store, CLAIM_FINISH.name, JOB_WORKERS, backlog=round(longest_s * MOST_FINISHES_PER_S)),
+        Case(store, CLAIM.name, pause_s=LONE_PAUSE_S, backlog=claims),
+        Case(store, PAGE.name, pause_s=LONE_PAUSE_S),
+    ]

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Self
 
 START_TIMEOUT_S = 60.0
+FAREWELL_TIMEOUT_S = 10.0
 END_TIMEOUT_S = 1.0  # of a pipe whose writers are gone
 LINE_BYTES = 256 * 1024 * 1024  # a load process reports every latency in one line
 KEPT_LINES = 50
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PYTHON = (sys.executable, "-m")
 
 
 class BenchError(Exception):
@@ -39,21 +41,34 @@ class Usage:
 
 
 class Program:
-    """A running program; its stderr is kept, as far as it is recent."""
+    """A running program; its stderr is kept, as far as it is recent.
 
-    def __init__(self, name: str, process: Process) -> None:
+    `farewell`: the signal that ends one which must not be killed, since something of it would stay; 0 where it ends by
+    itself before long.
+    """
+
+    def __init__(self, name: str, process: Process, farewell: int | None = None) -> None:
         self._name = name
         self._process = process
+        self._farewell = farewell
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._has_new_line = asyncio.Event()
         self._reader = asyncio.create_task(self._read_stderr(), name=f"stderr of {name}")
 
     @classmethod
-    async def start(cls, name: str, *arguments: str, environment: Mapping[str, str], directory: Path) -> Self:
-        """Run `python -m` with `arguments`."""
+    async def start(
+        cls,
+        name: str,
+        *arguments: str,
+        environment: Mapping[str, str],
+        directory: Path,
+        command: Sequence[str] = PYTHON,
+        user: str | None = None,
+        farewell: int | None = None,
+    ) -> Self:
+        """Run `command` with `arguments`, as `user` where that is another one."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
+            *command,
             *arguments,
             cwd=directory,
             env=environment,
@@ -62,9 +77,10 @@ class Program:
             stderr=PIPE,
             limit=LINE_BYTES,
             start_new_session=True,
+            user=user,
             preexec_fn=_end_with_parent,
         )
-        return cls(name, process)
+        return cls(name, process, farewell)
 
     async def wait_for(self, pattern: str) -> re.Match[str]:
         """The first line of stderr that matches, once it is there."""
@@ -80,6 +96,11 @@ class Program:
                     await self._has_new_line.wait()
         except TimeoutError as exc:
             raise BenchError(f"{self._name} is not ready after {START_TIMEOUT_S:g} s") from exc
+
+    async def wait_done(self) -> None:
+        """Until it has ended; a BenchError unless it ended well."""
+        if await self._process.wait() != 0:
+            raise BenchError(await self._epitaph())
 
     async def send_line(self, line: str) -> None:
         """Write to its stdin."""
@@ -113,6 +134,11 @@ class Program:
 
     async def end(self) -> None:
         """End it and all that it has started, at once: nothing of it stays."""
+        if self._farewell is not None:
+            with contextlib.suppress(ProcessLookupError, TimeoutError):
+                os.killpg(self._process.pid, self._farewell)
+                async with asyncio.timeout(FAREWELL_TIMEOUT_S):
+                    await self._process.wait()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()
@@ -134,10 +160,24 @@ class Program:
 
 @contextlib.asynccontextmanager
 async def running(
-    name: str, *arguments: str, environment: Mapping[str, str], directory: Path
+    name: str,
+    *arguments: str,
+    environment: Mapping[str, str],
+    directory: Path,
+    command: Sequence[str] = PYTHON,
+    user: str | None = None,
+    farewell: int | None = None,
 ) -> AsyncIterator[Program]:
     """A program for the length of a block."""
-    program = await Program.start(name, *arguments, environment=environment, directory=directory)
+    program = await Program.start(
+        name,
+        *arguments,
+        environment=environment,
+        directory=directory,
+        command=command,
+        user=user,
+        farewell=farewell,
+    )
     try:
         yield program
     finally:

@@ -24,6 +24,14 @@ TARGETS = {
     ("slot", "unary", "S1", 64): "about 960 requests/s, p50 65 ms",
     ("slot", "stream", "S1", 64): "≥ 1,050 requests/s, p50 ≤ 65 ms",
     ("held", "stream", "held", 10_000): "router < 500 MB, added p99 < 50 ms",
+    ("jobs", "sqlite", "submit", 256): "≥ 1,000 jobs/s",
+    ("jobs", "postgresql", "submit", 256): "≥ 1,000 jobs/s",
+    ("jobs", "sqlite", "submit", 1): "p99 < 50 ms",
+    ("jobs", "postgresql-store", "claim-finish", 4): "≥ 1,000 jobs/s",
+    ("jobs", "sqlite-store", "claim", 1): "< 10 ms",
+    ("jobs", "postgresql-store", "claim", 1): "< 10 ms",
+    ("jobs", "sqlite-store", "page", 1): "< 20 ms",
+    ("jobs", "postgresql-store", "page", 1): "< 20 ms",
 }
 
 NOTES = """\
@@ -32,7 +40,9 @@ of the whole process per vector, router and gateway apart; in the echo's rows "r
 rows of the batches that the router dispatched. MB: resident memory. load: how many load processes asked, and how much
 of a core the busiest of them used; near 100 % the load may have been the limit. others: how much of a core processes
 used that have no part in the case; figures are only worth something where it is small. added: a call's time less the
-model's. Targets are the project's aims, for information only."""
+model's. Jobs, µs per job: a submit is answered when it is on the disk, and the gateway that took it runs it meanwhile.
+Claims, finishes and pages are asked of the store in a load process, with nothing between. Targets are the project's
+aims, for information only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +78,7 @@ def document(groups: Sequence[GroupResult], surroundings: dict[str, Any]) -> dic
 
 
 def _group_parts(found: GroupResult) -> Iterator[str]:
-    for workload in dict.fromkeys(result.case.workload for result in found.results):
-        results = [result for result in found.results if result.case.workload == workload]
-        title = f"{found.group.title}: {WORKLOADS[workload].title}"
-        yield f"{title}\n\n{_table(found.group, results)}"
+    yield from _jobs_parts(found) if found.group.name == "jobs" else _workload_parts(found)
     failures = [
         f"{result.case}: {result.median.failed} requests failed, the first with: {result.median.failure}"
         for result in found.results
@@ -81,8 +88,23 @@ def _group_parts(found: GroupResult) -> Iterator[str]:
         yield "\n".join(failures)
 
 
-def _table(group: Group, results: Sequence[Result]) -> str:
-    columns = [column for column in _columns(group) if any(column.cell(result) for result in results)]
+def _workload_parts(found: GroupResult) -> Iterator[str]:
+    for workload in dict.fromkeys(result.case.workload for result in found.results):
+        results = [result for result in found.results if result.case.workload == workload]
+        title = f"{found.group.title}: {WORKLOADS[workload].title}"
+        yield f"{title}\n\n{_table(_columns(found.group), results)}"
+
+
+def _jobs_parts(found: GroupResult) -> Iterator[str]:
+    """One table, of what could not be measured, too."""
+    missing = [Result(case, (), Figures(0.0, 0.0)) for case in found.group.left_out]
+    order = list(dict.fromkeys(result.case.workload for result in (*found.results, *missing)))
+    results = sorted((*found.results, *missing), key=lambda result: order.index(result.case.workload))
+    yield f"{found.group.title}. {found.remark}\n\n{_table(_job_columns(found.group), results)}"
+
+
+def _table(all_columns: Sequence[Column], results: Sequence[Result]) -> str:
+    columns = [column for column in all_columns if any(column.cell(result) for result in results)]
     rows = [[column.cell(result) for column in columns] for result in results]
     return align([column.title for column in columns], rows, [column.is_text for column in columns])
 
@@ -104,6 +126,41 @@ def _columns(group: Group) -> list[Column]:
         _figure("others", lambda figures: figures.others_busy, ".0%"),
         Column("target", lambda result: _target(group, result), is_text=True),
     ]
+
+
+def _job_columns(group: Group) -> list[Column]:
+    return [
+        Column("what", lambda result: WORKLOADS[result.case.workload].title, is_text=True),
+        Column("database", lambda result: result.case.system.removesuffix("-store"), is_text=True),
+        Column("asked by", _asked_by, is_text=True),
+        Column("jobs/s", _job_rate),
+        _figure("p50 ms", lambda figures: figures.p50_ms, ",.2f"),
+        _figure("p99 ms", lambda figures: figures.p99_ms, ",.2f"),
+        _figure("gateway µs", lambda figures: figures.gateway_us_per_vector, ",.0f"),
+        _figure("router µs", lambda figures: figures.router_us_per_vector, ",.0f"),
+        _figure("PostgreSQL µs", lambda figures: figures.database_us_per_vector, ",.0f"),
+        _figure("batch", lambda figures: figures.batch_rows, ".1f"),
+        _figure("gateway MB", lambda figures: figures.gateway_rss_mb, ".0f"),
+        Column("load", lambda result: _load(result) if result.rounds else ""),
+        _figure("others", lambda figures: figures.others_busy, ".0%"),
+        Column("target", lambda result: _job_target(group, result), is_text=True),
+    ]
+
+
+def _asked_by(result: Result) -> str:
+    case = result.case
+    if case.rate_per_s:
+        return f"{case.rate_per_s:g} a second"
+    return "1 caller" if case.callers == 1 else f"{case.callers} callers"
+
+
+def _job_rate(result: Result) -> str:
+    """Nothing where callers pause: then it only tells how long."""
+    return "" if result.case.pause_s or not result.rounds else f"{result.median.vectors_per_s:,.0f}"
+
+
+def _job_target(group: Group, result: Result) -> str:
+    return _target(group, result) if result.rounds else f"not measured: {group.left_out_reason}"
 
 
 def _latency_columns(group: Group) -> list[Column]:
@@ -146,6 +203,7 @@ def _target(group: Group, result: Result) -> str:
 def _group_document(found: GroupResult) -> dict[str, Any]:
     group = asdict(found.group)
     del group["cases"]
+    group["remark"] = found.remark
     cases = [
         {
             **asdict(result.case),

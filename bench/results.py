@@ -18,19 +18,20 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class GroupResult:
-    """What a group has found, in the order of its cases."""
+    """What a group has found, in the order of its cases, and what is to be known of the place where it ran."""
 
     group: Group
     results: Sequence[Result]
+    remark: str = ""
 
 
-def collect(group: Group, rounds: Mapping[Case, Sequence[Figures]]) -> GroupResult:
+def collect(group: Group, rounds: Mapping[Case, Sequence[Figures]], remark: str = "") -> GroupResult:
     """Take the ratios within each round, then the medians over the rounds."""
     results = []
     for case in group.cases:
         compared = _with_ratios(case, rounds)
         results.append(Result(case, compared, median_of(compared)))
-    return GroupResult(group, results)
+    return GroupResult(group, results, remark)
 
 
 def _with_ratios(case: Case, rounds: Mapping[Case, Sequence[Figures]]) -> Sequence[Figures]:

@@ -5,14 +5,21 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("grpcio", "protobuf", "uvloop", "fastapi", "uvicorn", "httptools", "orjson", "numpy", "pydantic")
+PACKAGES = (
+    *("grpcio", "protobuf", "uvloop", "fastapi", "uvicorn", "httptools", "orjson", "numpy", "pydantic"),
+    *("sqlalchemy", "asyncpg"),
+)
+FSYNCS = 50
 
 
 def describe(arguments: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
@@ -49,6 +56,23 @@ def one_line(surroundings: Mapping[str, Any]) -> str:
 def count_cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def describe_disk(directory: Path) -> str:
+    """What a durable write costs there, which no commit can undercut."""
+    median_ms = statistics.median(_fsync_times_s(directory)) * 1e3
+    return f"Databases in {directory.parent}, where a write of 8 KiB with its fsync takes {median_ms:.2f} ms."
+
+
+def _fsync_times_s(directory: Path) -> list[float]:
+    times_s = []
+    with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+        for _ in range(FSYNCS):
+            began = time.perf_counter()
+            file.write(bytes(8192))
+            os.fsync(file.fileno())
+            times_s.append(time.perf_counter() - began)
+    return times_s
 
 
 def _git(*arguments: str) -> str:

@@ -4,6 +4,8 @@
     unary     mock ◄─ router
     stream    mock ◄─ router
     rest      mock ◄─ router ◄─ gateway
+    sqlite, postgresql                the same, for jobs that are kept there
+    sqlite-store, postgresql-store    a database with many finished jobs, asked without programs in between
 
 Free ports of the loopback only. The programs run in a directory that is gone afterwards and see none of the caller's
 settings: a `router.yaml` or a ROUTER_ variable at hand would otherwise be measured, too.
@@ -12,8 +14,9 @@ settings: a `router.yaml` or a ROUTER_ variable at hand would otherwise be measu
 import asyncio
 import json
 import os
+import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +24,26 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench.plan import Setting
-from bench.processes import Program, running
+from bench.postgres import Postgres
+from bench.processes import BenchError, Program, running
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_SETTINGS = ("ROUTER_", "GATEWAY_", "MOCK_", "DATABASE_URL")
 ANY_PORT = "127.0.0.1:0"
 METRICS_TIMEOUT_S = 10.0
+SETTLE_TIMEOUT_S = 60.0
+FILL_TIMEOUT_S = 300.0  # of bench.job_rows.CHUNK rows
 
-WAYS = {"echo": "unary", "unary": "unary", "stream": "stream", "rest": "rest"}
+WAYS = {
+    "echo": "unary",
+    "unary": "unary",
+    "stream": "stream",
+    "rest": "rest",
+    "sqlite": "submit",
+    "postgresql": "submit",
+    "sqlite-store": "store",
+    "postgresql-store": "store",
+}
 """Each system and the way it is asked."""
 
 
@@ -46,10 +61,11 @@ class System:
 
     way: str
     address: str
-    router: Program
+    router: Program | None = None
     gateway: Program | None = None
     mock: Program | None = None
     metrics_url: str = ""
+    database: Program | None = None
 
     async def count_batches(self) -> BatchCount | None:
         """From the router's metrics; None for the echo server."""
@@ -57,30 +73,77 @@ class System:
             return None
         return _parse_batches(await asyncio.to_thread(_fetch, self.metrics_url))
 
+    async def settle(self) -> None:
+        """Until every job that was submitted has ended: the next case is not to pay for it."""
+        give_up = time.monotonic() + SETTLE_TIMEOUT_S
+        while self.way == "submit" and await asyncio.to_thread(self._has_jobs):
+            if time.monotonic() > give_up:
+                raise BenchError(f"what was submitted has not ended within {SETTLE_TIMEOUT_S:g} s")
+            await asyncio.sleep(0.05)
+
+    def _has_jobs(self) -> bool:
+        url = f"http://{self.address}/jobs?limit=1&status="
+        return any(json.loads(_fetch(url + status))["jobs"] for status in ("pending", "processing"))
+
 
 @dataclass
 class Launcher:
-    """Starts programs, which live until `stack` is closed."""
+    """Starts programs, which live until `stack` is closed.
+
+    `directory` is theirs; job databases are below `databases`, or in `postgres` where it is started. `say` tells how
+    far it is.
+    """
 
     stack: AsyncExitStack
     directory: Path
     extra_environment: Mapping[str, str] = field(default_factory=dict)
+    databases: Path = Path()
+    postgres: Postgres | None = None
+    say: Callable[[str], None] = print
 
     async def start_system(self, name: str, setting: Setting) -> System:
         """One of WAYS."""
         if name == "echo":
             echo = await self.start("echo", "bench.echo")
             return System(WAYS[name], await _address(echo), echo)
+        if WAYS[name] == "store":
+            return await self._start_store(name, setting)
         mock = await self.start(
             f"mock of {name}", "mock_nn", "--listen", ANY_PORT, "--latency", f"{setting.latency_s:g}", "--quiet"
         )
         router = await self._start_router(name, setting, await _address(mock))
         metrics_url = (await router.wait_for(r"metrics on (\S+)"))[1]
         address = await _address(router)
-        if name != "rest":
+        if WAYS[name] not in ("rest", "submit"):
             return System(WAYS[name], address, router, mock=mock, metrics_url=metrics_url)
-        gateway = await self.start("gateway", "rest_gateway", GATEWAY_LISTEN=ANY_PORT, GATEWAY_ROUTER=address)
-        return System(WAYS[name], await _address(gateway), router, gateway, mock, metrics_url)
+        database = {"DATABASE_URL": await self._new_database(name)} if WAYS[name] == "submit" else {}
+        gateway = await self.start(
+            f"gateway of {name}", "rest_gateway", GATEWAY_LISTEN=ANY_PORT, GATEWAY_ROUTER=address, **database
+        )
+        return System(
+            WAYS[name], await _address(gateway), router, gateway, mock, metrics_url, self._database_program(name)
+        )
+
+    async def _start_store(self, name: str, setting: Setting) -> System:
+        """A database with finished jobs in it."""
+        url = await self._new_database(name)
+        rows = setting.job_rows
+        filling = await self.start(f"rows of {name}", "bench.job_rows", url, f"{rows}")
+        filled = 0
+        while filled < rows:
+            filled = int(await filling.read_line(FILL_TIMEOUT_S))
+            self.say(f"filled {filled:,} of {rows:,} finished jobs into {name}")
+        await filling.wait_done()
+        return System(WAYS[name], url, database=self._database_program(name))
+
+    async def _new_database(self, name: str) -> str:
+        if not name.startswith("postgresql"):
+            return f"sqlite:///{self.databases / name}.sqlite3"
+        assert self.postgres is not None
+        return await self.postgres.create_database(name)
+
+    def _database_program(self, name: str) -> Program | None:
+        return self.postgres.program if self.postgres is not None and name.startswith("postgresql") else None
 
     async def start(self, name: str, *arguments: str, **environment: str) -> Program:
         """Run `python -m` with `arguments`."""

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from xml.etree import ElementTree as ET
@@ -19,6 +20,15 @@ TINY = ["--quick", "--callers", "1", "--seconds", "0.2", "--held-calls", "200", 
 SYSTEMS = ("echo", "unary", "stream", "rest")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks in /proc, as the figures of CPU and memory do")
+
+
+@pytest.fixture
+def databases() -> Iterator[pathlib.Path]:
+    """A place that PostgreSQL's own user may enter, when root runs the tests; `tmp_path` is not."""
+    with tempfile.TemporaryDirectory(prefix="jobs-") as directory:
+        path = pathlib.Path(directory)
+        path.chmod(0o711)
+        yield path
 
 
 @contextmanager
@@ -51,7 +61,7 @@ def programs_in(scratch: pathlib.Path) -> list[str]:
 
 
 def test_every_case_is_measured_printed_and_written_and_nothing_stays(tmp_path: pathlib.Path) -> None:
-    with bench(tmp_path) as run:
+    with bench(tmp_path, "--groups", "zero,lone,slot,held") as run:
         printed, progress = run.communicate(timeout=100)
     assert run.returncode == 0, progress
     assert "left: zero: starting echo, unary, stream, rest" in progress
@@ -93,19 +103,59 @@ def test_every_case_is_measured_printed_and_written_and_nothing_stays(tmp_path: 
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_with_everything_it_has_started(number: signal.Signals, tmp_path: pathlib.Path) -> None:
+def test_jobs_are_measured_on_both_databases_and_no_database_stays(
+    tmp_path: pathlib.Path, databases: pathlib.Path
+) -> None:
+    small = ("--groups", "jobs", "--job-rows", "5000", "--seconds", "0.05", "--job-databases", str(databases))
+    with bench(tmp_path, *small) as run:
+        printed, progress = run.communicate(timeout=100)
+    assert run.returncode == 0, progress
+    assert f"Databases in {databases}, where a write of 8 KiB with its fsync takes" in printed
+    assert "not measured" not in printed
+
+    [path] = (tmp_path / "out").glob("*.json")
+    [jobs] = json.loads(path.read_text())["groups"]
+    medians = {(case["system"], case["workload"], case["rate_per_s"]): case["median"] for case in jobs["cases"]}
+    assert set(medians) == {
+        *((name, "submit", rate) for name in ("sqlite", "postgresql") for rate in (0, 200)),
+        *(
+            (f"{name}-store", asked, 0)
+            for name in ("sqlite", "postgresql")
+            for asked in ("claim-finish", "claim", "page")
+        ),
+    }
+    for name, median in medians.items():
+        assert (median["failed"], median["failure"]) == (0, ""), name
+    assert programs_in(tmp_path) == programs_in(databases) == []
+    assert list(databases.iterdir()) == []
+
+
+def test_a_signal_ends_it_with_everything_it_has_started(tmp_path: pathlib.Path) -> None:
     with bench(tmp_path, "--groups", "held", "--held-latency-s", "60") as run:
         assert run.stderr is not None
         while "round 1" not in run.stderr.readline():
             pass
         assert len(programs_in(tmp_path)) == 3  # load, mock, router
-        run.send_signal(number)
+        run.send_signal(signal.SIGINT)
         _, rest = run.communicate(timeout=30)
     assert run.returncode == 130
     assert rest.splitlines()[-1] == "bench: interrupted"
     assert programs_in(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_ends_its_postgresql_also_while_the_rest_is_being_started(
+    tmp_path: pathlib.Path, databases: pathlib.Path
+) -> None:
+    with bench(tmp_path, "--groups", "jobs", "--job-databases", str(databases)) as run:
+        while not any("postgres" in program for program in programs_in(databases)):
+            assert run.poll() is None
+        run.send_signal(signal.SIGTERM)
+        _, rest = run.communicate(timeout=30)
+    assert run.returncode == 130
+    assert rest.splitlines()[-1] == "bench: interrupted"
+    assert programs_in(tmp_path) == programs_in(databases) == []
+    assert list(tmp_path.iterdir()) == list(databases.iterdir()) == []
 
 
 def test_a_program_that_does_not_start_is_named_with_its_own_words(tmp_path: pathlib.Path) -> None:
@@ -122,7 +172,7 @@ def test_a_bad_argument_is_refused_before_anything_starts(tmp_path: pathlib.Path
     with bench(tmp_path, "--groups", "zero,fast") as run:
         _, errors = run.communicate(timeout=30)
     assert run.returncode == 2
-    assert "no group fast; there are zero, lone, slot, held" in errors
+    assert "no group fast; there are zero, lone, slot, held, jobs" in errors
 
 
 @pytest.mark.anyio

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from bench.plan import ALL_GROUPS, QUICK, Extent, load_processes_of, make_plan
+from bench.plan import ALL_GROUPS, DATABASES, QUICK, Extent, load_processes_of, make_plan
 
 
 def test_the_zero_time_group_has_every_system_with_every_workload_and_number_of_callers() -> None:
@@ -38,4 +38,26 @@ def test_groups_are_chosen_by_name_and_the_full_run_is_much_longer_than_the_quic
     assert [group.name for group in make_plan(Extent())] == list(ALL_GROUPS)
     assert [group.name for group in make_plan(Extent(groups=["held", "slot"]))] == ["slot", "held"]
     full_s, quick_s = (sum(group.estimate_s for group in make_plan(extent)) for extent in (Extent(), QUICK))
-    assert quick_s < 90 < full_s < 480
+    assert quick_s < 120 < full_s < 560
+
+
+def test_both_databases_get_the_same_jobs_and_the_store_as_many_waiting_ones_as_it_may_claim() -> None:
+    [jobs] = make_plan(Extent(groups=["jobs"], rounds=5, seconds=1.0, warm_s=0.3))
+    of = {
+        name: [(case.workload, case.load, case.backlog) for case in jobs.cases if case.system.startswith(name)]
+        for name in DATABASES
+    }
+    assert of["sqlite"] == of["postgresql"]
+    assert {case.workload for case in jobs.cases} == {"submit", "claim-finish", "claim", "page"}
+    assert jobs.databases == list(DATABASES)
+    assert jobs.rounds == 3
+    [claim, *_] = [case for case in jobs.cases if case.workload == "claim"]
+    assert claim.backlog >= (jobs.warm_s + jobs.seconds) / claim.pause_s * claim.agents
+
+
+def test_without_postgresql_its_cases_are_left_out_and_it_is_told_why() -> None:
+    [jobs] = make_plan(Extent(groups=["jobs"], no_postgresql="there is none"))
+    assert jobs.databases == ["sqlite"]
+    assert {case.system for case in jobs.left_out} == {"postgresql", "postgresql-store"}
+    assert len(jobs.left_out) == len(jobs.cases)
+    assert jobs.left_out_reason == "there is none"

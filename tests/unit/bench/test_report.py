@@ -1,6 +1,8 @@
 """The benchmark's tables and its JSON."""
 
 import json
+import re
+from dataclasses import replace
 
 from bench.figures import Figures
 from bench.plan import Case, Setting
@@ -56,13 +58,40 @@ def test_failed_requests_are_told_below_the_table() -> None:
     assert last == "unary S1, 16 callers: 3 requests failed, the first with: UNAVAILABLE: gone"
 
 
+def test_jobs_have_one_table_which_tells_what_could_not_be_measured() -> None:
+    submit, page = Case("sqlite", "submit", 256), Case("sqlite-store", "page", pause_s=0.01)
+    missing = Case("postgresql", "submit", 256)
+    jobs = replace(group(submit, page, name="jobs"), left_out=[missing], left_out_reason="no initdb here")
+    rounds = {submit: [figures(1_500, p50_ms=150.0)], page: [figures(90, p50_ms=1.5, p99_ms=2.5)]}
+    text = tables([collect(jobs, rounds, "A write takes 1 ms.")])
+    title, _, head, first, second, third = text.splitlines()
+    assert title == "A title. A write takes 1 ms."
+    assert head.split()[:4] == ["what", "database", "asked", "by"]
+    assert re.split("  +", first) == [
+        *("submit a text over REST", "sqlite", "256 callers", "1,500", "150.00", "1", "≥ 1,000 jobs/s")
+    ]
+    assert re.split("  +", second) == [
+        *("submit a text over REST", "postgresql", "256 callers", "not measured: no initdb here")
+    ]
+    assert re.split("  +", third) == ["a page of 50", "sqlite", "1 caller", "1.50", "2.50", "1", "< 20 ms"]
+
+
+def test_the_document_tells_what_was_left_out() -> None:
+    missing = Case("postgresql", "submit", 256)
+    found = collect(replace(group(name="jobs"), left_out=[missing], left_out_reason="no initdb here"), {})
+    [jobs] = json.loads(json.dumps(document([found], {})))["groups"]
+    assert jobs["cases"] == []
+    assert [case["system"] for case in jobs["left_out"]] == ["postgresql"]
+    assert jobs["left_out_reason"] == "no initdb here"
+
+
 def test_the_document_has_surroundings_settings_cases_rounds_and_medians() -> None:
     unary = Case("unary", "S2", 16)
     found = collect(group(unary, rounds=2), {unary: [figures(10), figures(30)]})
     content = json.loads(json.dumps(document([found], {"command": "python -m bench"})))
     assert content["command"] == "python -m bench"
     [zero] = content["groups"]
-    assert zero["setting"] == {"latency_s": 0.0, "max_in_flight": 4, "max_queue_delay_s": 0.002}
+    assert zero["setting"] == {"latency_s": 0.0, "max_in_flight": 4, "max_queue_delay_s": 0.002, "job_rows": 0}
     [case] = zero["cases"]
     assert (case["system"], case["workload"], case["callers"], case["agents"]) == ("unary", "S2", 16, 16)
     assert [one["requests_per_s"] for one in case["rounds"]] == [10, 30]
