@@ -5,7 +5,9 @@ import datetime as dt
 from uuid import UUID, uuid4
 
 import pytest
+from sqlalchemy.dialects import postgresql
 
+from rest_gateway.jobs import statements
 from rest_gateway.jobs.records import (
     JobError,
     JobNotFound,
@@ -18,6 +20,7 @@ from rest_gateway.jobs.records import (
 from rest_gateway.jobs.store import SqlJobStore
 from tests.integration.jobs.builders import claim, claim_one, completed, failed, held, submit, text_job
 from tests.integration.jobs.conftest import OpenStore
+from tests.postgres import Postgres
 
 pytestmark = pytest.mark.anyio
 
@@ -384,3 +387,16 @@ async def test_what_ended_long_ago_is_purged_in_chunks_with_its_keys(store: SqlJ
     assert [await store.purge(0, 3), await store.purge(0, 3), await store.purge(0, 3)] == [3, 2, 0]
     assert await store.versions([live.id]) == {live.id: 1}
     assert (await store.submit(text_job("other", idempotency_key="k0"), worker=None)).is_new
+
+
+def test_a_claim_does_not_look_for_jobs_by_their_deadlines(postgres: Postgres, postgres_url: str) -> None:
+    """Bug: with many waiting, PostgreSQL took a claim of 50 by way of the deadlines, and sorted all 20,000: 30 ms."""
+    compiled = statements.CLAIM.compile(dialect=postgresql.dialect())  # type: ignore[no-untyped-call]
+    claim = str(compiled) % (compiled.params | {"limit": 50, "of_worker": "'w'", "lease_s": 6.0})
+    # Without the index that a claim should take, the next best shows whether another could be taken.
+    plan = postgres.run_sql(
+        f"BEGIN; DROP INDEX jobs_pending; SET enable_seqscan = off; EXPLAIN {claim}; ROLLBACK", "jobs"
+    )
+    conditions = [line for line in plan.splitlines() if "Index Cond" in line]
+    assert conditions
+    assert not any("deadline_at" in line for line in conditions)
