@@ -100,7 +100,7 @@ def _calm_garbage_collector() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(5_000, 20, 20)
+    gc.set_threshold(2_000, 20, 20)
 
 
 def _complain(text: str, status: int) -> int:

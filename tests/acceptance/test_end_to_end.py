@@ -42,7 +42,7 @@ Ask = Callable[[Agents], Awaitable[Answers]]
 def two_mocks_router_and_gateway() -> Iterator[tuple[list[Program], str, str]]:
     with ExitStack() as stack:
         mocks = [
-            stack.enter_context(running("mock_nn", "--listen", "127.0.0.1:0", "--latency", "0.05-0.15", "--seed", seed))
+            stack.enter_context(running("mock_nn", "--listen", "127.0.0.1:0", "--latency", "0.2-0.4", "--seed", seed))
             for seed in ("1", "2")
         ]
         addresses = [mock.wait_for(r"listening on ([\d.:]+)")[1] for mock in mocks]
