@@ -196,7 +196,10 @@ class JobStore(Protocol):
         """
 
     async def claim(self, worker: str, limit: int) -> tuple[list[Claimed], bool]:
-        """At most `limit` jobs, oldest first, now leased to the worker; and whether there are probably more."""
+        """At most `limit` jobs, oldest first, now leased to the worker; and whether there are probably more.
+
+        Fewer where their inputs are large: one at least.
+        """
 
     async def renew(self, worker: str, held: Sequence[tuple[UUID, int]]) -> set[tuple[UUID, int]]:
         """Extends the leases of (id, attempt) from now on; returns those that are still the worker's."""

@@ -116,16 +116,24 @@ COUNT_WAITING: Final = sa.select(sa.func.count()).select_from(
 # As an expression no index fits it. As a column PostgreSQL goes through `jobs_deadlines` once a claim is large, past
 # every waiting job, and sorts them all, instead of taking the first of `jobs_pending`.
 _NOT_EXPIRED: Final = later(jobs.c.deadline_at, sa.literal_column("0.0")) > now()
+_queue: Final = (
+    _picked(
+        _is(SOURCES[Event.CLAIM]),
+        jobs.c.not_before <= now(),
+        _NOT_EXPIRED,
+        order_by=(jobs.c.not_before, jobs.c.id),
+    )
+    .add_columns(jobs.c.not_before, sa.func.length(jobs.c.input).label("bytes"))
+    .limit(_LIMIT)
+    .cte("queue")
+)
+# The first always, others as long as those before them have not filled the claim. Sizes are known without reading.
+_BEFORE: Final = sa.func.sum(_queue.c.bytes).over(order_by=(_queue.c.not_before, _queue.c.id), rows=(None, -1))
+_sized: Final = sa.select(_queue.c.id, sa.func.coalesce(_BEFORE, 0).label("bytes_before")).subquery()
+_FITTING: Final = sa.select(_sized.c.id).where(_sized.c.bytes_before < sa.bindparam("max_bytes", type_=sa.BigInteger()))
 CLAIM: Final = _transition(
     Event.CLAIM,
-    _among(
-        _picked(
-            _is(SOURCES[Event.CLAIM]),
-            jobs.c.not_before <= now(),
-            _NOT_EXPIRED,
-            order_by=(jobs.c.not_before, jobs.c.id),
-        ).limit(_LIMIT)
-    ),
+    jobs.c.id.in_(_FITTING),
     attempt=jobs.c.attempt + 1,
     worker=sa.bindparam("of_worker", type_=sa.Text()),
     lease_until=_LEASE_UNTIL,

@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 # A backlog that lost its workers is taken back in pieces of this many, each reaping one.
 REAP_CHUNK: Final = 1000
+# A claim that brought inputs of 8 MiB by the hundred would take longer than it may, each time anew, and then hold the
+# loop for seconds to read them. It ends with the job that brings it to this; 100 texts of the longest are less.
+CLAIM_BYTES: Final = 4 * 2**20
 # How old a count of the waiting jobs may be: when there is room, and when there seems to be none.
 COUNT_AGE_S: Final = 1.0
 FULL_COUNT_AGE_S: Final = 0.1
@@ -180,7 +183,8 @@ class SqlJobStore:
     async def claim(self, worker: str, limit: int) -> tuple[list[Claimed], bool]:
         """See JobStore."""
         await self.prepare()
-        parameters = {"of_worker": worker, "limit": limit, "lease_s": self._settings.lease_s}
+        limits = {"limit": limit, "max_bytes": CLAIM_BYTES}
+        parameters = {"of_worker": worker, "lease_s": self._settings.lease_s} | limits
         rows = await self._database.statement(lambda c: _rows(c, statements.CLAIM, parameters), self._give_back)
         self._waiting = max(0, self._waiting - len(rows))
         claimed = [
@@ -194,7 +198,8 @@ class SqlJobStore:
             )
             for row in sorted(rows, key=lambda row: (row.not_before, row.id))
         ]
-        return claimed, len(claimed) >= limit
+        is_full = len(claimed) >= limit or sum(len(job.input) for job in claimed) >= CLAIM_BYTES
+        return claimed, is_full
 
     async def _give_back(self, claimed: Sequence[Claimed | sa.Row[Any]]) -> None:
         """Nobody knows of these any more: without this they would wait for their lease to run out."""

@@ -37,6 +37,8 @@ RENEW_S = 2.0
 UNTIL_WOKEN_S = 60.0
 # Rows of one transaction: short enough not to hold the writer of SQLite for long.
 WRITE_ROWS = 500
+# Bytes of inputs past which there is room for no further job: in memory each is several times as large.
+HELD_BYTES = 64 * 2**20
 # After the n-th attempt that found no router, or a full one: 0.5, 1, 2, 4 ... 30 s.
 BACKOFF_FIRST_S, BACKOFF_LONGEST_S = 0.5, 30.0
 # The last try is so long before the deadline that it can be claimed and answered.
@@ -94,6 +96,7 @@ class Worker:
         self._on_change = on_change
         # What is held, and what of it waits to be written, in the order in which it ended.
         self._runs: dict[UUID, Run] = {}
+        self._held_bytes = 0
         self._outbox: list[Run] = []
         # Room that is promised to submissions and to a claim under way.
         self._submitting = 0
@@ -172,6 +175,8 @@ class Worker:
     # Room
 
     def _room(self) -> int:
+        if self._held_bytes >= HELD_BYTES:
+            return 0
         return max(0, self._concurrency - len(self._runs) - self._submitting - self._claiming)
 
     def _may_run_at_once(self) -> bool:
@@ -193,6 +198,7 @@ class Worker:
             old.stop()
         run = Run(job, _now_s() + job.expires_in_s)
         self._runs[job.id] = run
+        self._held_bytes += len(job.input)
         self._is_idle.clear()
         self._metrics.jobs_running.set(len(self._runs))
         self._note(job.id, job.kind, "processing", f"attempt {job.attempt}")
@@ -238,6 +244,7 @@ class Worker:
 
     def _let_go(self, run: Run) -> None:
         del self._runs[run.job.id]
+        self._held_bytes -= len(run.job.input)
         self._metrics.jobs_running.set(len(self._runs))
         if not self._runs:
             self._is_idle.set()

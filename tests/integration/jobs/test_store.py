@@ -17,7 +17,7 @@ from rest_gateway.jobs.records import (
     TooManyJobs,
     WrongState,
 )
-from rest_gateway.jobs.store import SqlJobStore
+from rest_gateway.jobs.store import CLAIM_BYTES, SqlJobStore
 from tests.integration.jobs.builders import claim, claim_one, completed, failed, held, submit, text_job
 from tests.integration.jobs.conftest import OpenStore
 from tests.postgres import Postgres
@@ -59,6 +59,20 @@ async def test_jobs_are_claimed_oldest_first_and_the_rest_is_told(store: SqlJobS
     assert (job.status, job.attempt, job.version) == ("processing", 1, 2)
     assert job.started_at is not None
     assert job.started_at >= job.created_at
+
+
+# Bug: a claim took a hundred inputs of megabytes at once, which took longer than a statement may. So it was in vain,
+# was tried anew for ever, and no job of anybody was run.
+async def test_a_claim_ends_with_the_job_that_brings_its_inputs_to_the_bound(store: SqlJobStore) -> None:
+    sizes = [CLAIM_BYTES + 1, CLAIM_BYTES // 2, CLAIM_BYTES // 2 - 1, 1, 1]
+    jobs = [await submit(store, input=b"x" * size) for size in sizes]
+    claims = [await store.claim("w", 100) for _ in range(3)]
+    assert [[job.id for job in claimed] for claimed, _ in claims] == [
+        [jobs[0].id],
+        [job.id for job in jobs[1:4]],
+        [jobs[4].id],
+    ]
+    assert [has_more for _, has_more in claims] == [True, True, False]
 
 
 async def test_a_finished_job_keeps_its_result_to_the_byte(store: SqlJobStore) -> None:
@@ -392,7 +406,7 @@ async def test_what_ended_long_ago_is_purged_in_chunks_with_its_keys(store: SqlJ
 def test_a_claim_does_not_look_for_jobs_by_their_deadlines(postgres: Postgres, postgres_url: str) -> None:
     """Bug: with many waiting, PostgreSQL took a claim of 50 by way of the deadlines, and sorted all 20,000: 30 ms."""
     compiled = statements.CLAIM.compile(dialect=postgresql.dialect())  # type: ignore[no-untyped-call]
-    claim = str(compiled) % (compiled.params | {"limit": 50, "of_worker": "'w'", "lease_s": 6.0})
+    claim = str(compiled) % (compiled.params | {"limit": 50, "of_worker": "'w'", "lease_s": 6.0, "max_bytes": 1000})
     # Without the index that a claim should take, the next best shows whether another could be taken.
     plan = postgres.run_sql(
         f"BEGIN; DROP INDEX jobs_pending; SET enable_seqscan = off; EXPLAIN {claim}; ROLLBACK", "jobs"

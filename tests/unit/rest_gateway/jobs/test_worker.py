@@ -7,7 +7,7 @@ from uuid import UUID
 import pytest
 
 from rest_gateway.jobs.records import JobError, StoreUnavailable
-from rest_gateway.jobs.worker import backoff_s
+from rest_gateway.jobs.worker import HELD_BYTES, backoff_s
 from tests.unit.rest_gateway.fake_router import FakeRouter, tensor_failure
 from tests.unit.rest_gateway.jobs.fake_store import FakeStore, now_s, until
 from tests.unit.rest_gateway.jobs.workshop import busy_router, text_job, working
@@ -123,6 +123,17 @@ async def test_a_burst_of_submissions_overbooks_nothing() -> None:
         await shop.settled()
         await asyncio.gather(*(shop.submit() for _ in range(10)))
         assert [shop.store.status(job_id) for job_id in shop.store.rows].count("processing") == 3
+
+
+# Bug: 256 inputs of 8 MiB were held at once, several times over: as JSON, as numbers and on their way to the router.
+async def test_there_is_no_room_beside_large_inputs() -> None:
+    async with working(router=busy_router(), concurrency=8) as shop:
+        await shop.settled()
+        ids = [(await shop.submit("x" * (HELD_BYTES // 2))).job.id for _ in range(3)]
+        await asyncio.sleep(2)
+        assert [shop.store.status(job_id) for job_id in ids] == ["processing"] * 2 + ["pending"]
+        shop.router.release()
+        await until(lambda: shop.store.status(ids[2]) == "processing")
 
 
 async def test_without_a_router_nothing_is_claimed_and_with_it_everything_at_once() -> None:
