@@ -83,6 +83,8 @@ def tenant_of(headers: Headers, settings: Settings) -> str:
     tenant = headers.get("x-tenant", "") if settings.trust_tenant else ""
     if len(tenant) > settings.max_name_length:
         raise InvalidRequestError(f"X-Tenant has more than {settings.max_name_length:,} characters")
+    if not (tenant.isascii() and tenant.isprintable()):  # no header of gRPC could carry it to the router
+        raise InvalidRequestError("X-Tenant is not printable ASCII")
     return tenant
 
 

@@ -408,6 +408,16 @@ async def test_a_tenant_means_nothing_where_it_is_not_trusted() -> None:
         await given.job(job_id)
 
 
+# Bug: the job was accepted, and failed for what its owner could have been told at once.
+@pytest.mark.parametrize("tenant", ["caf\u00e9".encode(), b"a\tb"])
+async def test_a_tenant_that_cannot_reach_the_router_has_no_jobs(tenant: bytes) -> None:
+    async with gateway(trust_tenant=True) as given:
+        for method, path in (("POST", "/predict"), ("GET", "/jobs")):
+            response = await given.http.request(method, path, json={"text": "fine"}, headers={b"X-Tenant": tenant})
+            assert (response.status_code, response.json()["detail"]) == (422, "X-Tenant is not printable ASCII")
+        assert not given.store.rows
+
+
 # Cancelling and deleting
 
 
