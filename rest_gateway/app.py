@@ -199,7 +199,7 @@ async def open_store(settings: Settings) -> AsyncGenerator[SqlJobStore, None]:
     try:
         store = SqlJobStore(_store_settings(settings))
     except ValueError as exc:
-        raise CannotStart(f"DATABASE_URL: {exc}") from exc
+        raise _bad_url(exc) from exc
     try:
         await _begin(store)
         yield store
@@ -207,10 +207,16 @@ async def open_store(settings: Settings) -> AsyncGenerator[SqlJobStore, None]:
         await store.aclose()
 
 
+def _bad_url(exc: ValueError) -> CannotStart:
+    return CannotStart(f"DATABASE_URL: {exc}")
+
+
 async def _begin(store: JobStore) -> None:
     try:
         await store.open()
         await store.prepare()
+    except ValueError as exc:
+        raise _bad_url(exc) from exc
     except SchemaError as exc:
         raise CannotStart(str(exc)) from exc
     except StoreUnavailable as exc:

@@ -305,17 +305,20 @@ def _sqlite_engine(settings: StoreSettings, *, begin: str, threads: int) -> sa.E
 
 
 def postgresql_engine(settings: StoreSettings, *, is_patient: bool = False) -> AsyncEngine:
-    """The pool. A patient one has no bounds on statements, for migrations."""
+    """The pool. A patient one has no bounds on statements, for migrations. Its use raises ValueError for a bad URL."""
     timeout_s = settings.timeout_s * _STATEMENT_SHARE
 
     async def connect() -> Any:  # noqa: ANN401 - a driver's
         # The driver reads the URL itself, since it knows what libpq's URLs may hold: sslmode, several hosts, sockets.
-        return await asyncpg.connect(
-            f"postgresql://{settings.url.partition('://')[2]}",
-            timeout=settings.connect_timeout_s,
-            command_timeout=None if is_patient else timeout_s,
-            server_settings=_server_settings(settings.url, None if is_patient else timeout_s),
-        )
+        try:
+            return await asyncpg.connect(
+                f"postgresql://{settings.url.partition('://')[2]}",
+                timeout=settings.connect_timeout_s,
+                command_timeout=None if is_patient else timeout_s,
+                server_settings=_server_settings(settings.url, None if is_patient else timeout_s),
+            )
+        except (ValueError, OverflowError) as exc:  # the latter for port 99999
+            raise ValueError(f"cannot be used: {exc}") from exc
 
     return create_async_engine(
         "postgresql+asyncpg://",

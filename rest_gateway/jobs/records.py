@@ -179,7 +179,8 @@ class JobStore(Protocol):
     async def prepare(self) -> None:
         """Migrates the tables, or checks them. Every other method does so at its first contact with the database.
 
-        Raises SchemaError, which a gateway should end with at its start, and StoreUnavailable, which it should not.
+        Raises SchemaError, and ValueError for a URL that the driver refuses, which a gateway should end with at its
+        start, and StoreUnavailable, which it should not.
         """
 
     async def aclose(self) -> None:

@@ -78,6 +78,17 @@ async def test_several_workers_on_a_file_are_refused_in_one_line() -> None:
     assert line.startswith("rest_gateway: bad setting: GATEWAY_WORKERS=2 needs a database that several processes")
 
 
+# Bug: a traceback for the port; and a gateway that took the other for a database that is away, and waited for it.
+@pytest.mark.parametrize("url", ["postgresql://h:5432x/d", "postgresql://h/d?sslmode=x"])
+async def test_a_url_that_only_its_driver_can_judge_is_refused_in_one_line(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.acceptance.gateways.new_database", lambda: url)
+    status, line = await refused()
+    assert status == 1
+    assert line.startswith("rest_gateway: DATABASE_URL: cannot be used: ")
+
+
 async def test_tables_that_are_missing_or_newer_are_refused_in_one_line(database: Path) -> None:
     status, line = await refused(MIGRATE="false")
     assert status == 1

@@ -136,6 +136,8 @@ def test_the_command_migrates_the_default_file_and_says_so(
     [
         ("mysql://h/d", 2, "rest_gateway.migrate: bad setting: DATABASE_URL must be"),
         ("postgresql:///jobs?host={directory}", 1, "rest_gateway.migrate: the database failed: "),
+        # Bug: a traceback.
+        ("postgresql://127.0.0.1:65536/d", 2, "rest_gateway.migrate: bad setting: DATABASE_URL cannot be used: "),
     ],
 )
 def test_the_command_says_in_one_line_what_is_wrong(
