@@ -27,7 +27,11 @@ Infer: TypeAlias = Callable[
     [open_inference_pb2.ModelInferRequest, InferContext], Awaitable[open_inference_pb2.ModelInferResponse]
 ]
 
-SERVER_OPTIONS = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 16 * 1024 * 1024)]
+SERVER_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    ("grpc.http2.bdp_probe", 0),  # or the window grows while it is busy, and a write that should block may fit
+]
 
 
 def echo(call: pb.Call) -> list[pb.Answer]:
