@@ -75,7 +75,7 @@ class Batcher:
         try:
             self._queue.push(block)
         except ResourceExhausted as error:
-            error.retry_after_s = self._policy.service_s or DEFAULT_RETRY_AFTER_S
+            error.retry_after_s = self._policy.service_times.overall.mean_s or DEFAULT_RETRY_AFTER_S
             raise
         self._new_blocks += 1
         self._new_rows += block.rows
@@ -121,11 +121,13 @@ class Batcher:
         self._expire(self._last_used)
         if self._queue.rows:
             self._slots.request(self)
+        else:
+            self._slots.withdraw(self)
         self._set_alarm()
 
     def _count_arrivals(self, now: float) -> None:
         if self._new_blocks:
-            self._policy.arrived(self._new_blocks, now)
+            self._policy.arrived(self._new_blocks, self._new_rows, now)
             self._accepted_rows.inc(self._new_rows)
             self._new_blocks = self._new_rows = 0
 
@@ -163,24 +165,27 @@ class Batcher:
             return None
         self._hold = self._policy.hold(self._view(slots), now + CLOCK_SLACK_S)
         if self._hold:
-            self._keep(self._hold, slots)
+            self._set_alarm()
+            slots.hold(self, lapses=self._hold.lapses_with_slots)
             return None
         parts = self._queue.pop_batch()
         return Batch(self._next_batch_id(), self._key, parts, sum(part.rows for part in parts), now)
 
-    def _keep(self, hold: Hold, slots: ModelSlots) -> None:
-        self._set_alarm()
-        if hold.lapses_with_slots:
-            slots.hold(self)
-
     def _view(self, slots: ModelSlots) -> View:
+        queue = self._queue
         return View(
-            blocks=self._queue.blocks,
-            oldest_at=self._queue.oldest_at,
-            is_full=self._queue.is_full,
+            blocks=queue.blocks,
+            rows=queue.rows,
+            oldest_at=queue.oldest_at,
+            deadline=queue.wake_at,
+            is_full=queue.is_full,
             blocks_in_flight=self._blocks_in_flight,
-            busy_slots=slots.busy,
+            slots=slots,
         )
+
+    def expect_s(self, batch: Batch, replica: str) -> float:
+        """See pool.Taker."""
+        return self._policy.service_times.of(replica).predict(batch.rows)
 
     def dispatch(self, batch: Batch, slot: Slot) -> None:
         """See pool.Taker."""
@@ -212,7 +217,7 @@ class Batcher:
 
     def _answered(self, batch: Batch, answer: BatchAnswer) -> None:
         service_s = answer.answered_at - answer.dispatched_at
-        self._policy.completed(service_s)
+        self._policy.completed(answer.replica, batch.rows, service_s, answer.answered_at)
         self._batches("answered").inc()
         self._batch_seconds.observe(service_s)
         for part, offset in split(batch):

@@ -2,13 +2,19 @@
 
 Theory of operation. A batch is formed at the moment a slot takes it, so while every slot is busy nothing needs to be
 decided: rows gather by themselves. The question comes up only with a slot at hand. Then rows go at once, unless a hold
-applies; a hold always has an end, and a full batch is never held. Two holds:
+applies; a hold always has an end, and a full batch is never held. Four holds; rows go when none applies any more:
 
 * gather: a batch costs the router 0.1-0.4 ms itself, so with a thousand blocks a second one release per arrival
   drowns a fast backend in one-row batches. While blocks of the key arrive at `GATHER_BLOCKS` or more per d =
   min(max_queue_delay_s, 2 ms), and another block of the key waits or is in flight, rows wait until the oldest is d old.
 * coalescing: with the model idle and its service time S known, callers of one burst should meet in one batch: rows
-  wait until the oldest is min(max_queue_delay_s, 2 % of S) old. A hold below 1 ms is not worth a timer.
+  wait until the oldest is min(max_queue_delay_s, 2 % of S) old.
+* even gap (`even_gap.py`): with other slots of the model busy, rows wait so that batches start at even distances.
+* return wave (`return_wave.py`): after a completion, rows wait for the callers who have just been answered.
+
+The last two wait for as long as the service time makes worth while, up to 0.35 S, or S between two slots; so they begin
+only when `service_time.MIN_CALLS` calls of the key were measured. A hold below 1 ms is not worth a timer, and calls
+below `service_time.FAST_S` are worth gathering only. Zero for `max_queue_delay_s` turns all four off.
 
 Backends without a limit of slots have no "busy" to gather behind; for them stands the plain `Window`.
 
@@ -16,35 +22,60 @@ A policy knows one key; it is told of arrivals and completions and asked with a 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from router.core.averages import Rate
+from router.core.even_gap import Gap
+from router.core.return_wave import ReturnWave
+from router.core.service_time import FAST_S, ServiceTimes
 
 GATHER_MAX_S = 0.002
 # From here on a hold of d saves a batch on the average. Not more: a router that sends 1,400 batches of one row a second
 # has no CPU left for the next rows (64 callers of `Predict`), and would never see the 2,000 rows a second of 4 per d.
 GATHER_BLOCKS = 1
 COALESCE_SHARE = 0.02
-COALESCE_MIN_S = 0.001
+MIN_HOLD_S = 0.001
 # The span over which arrival rates are averaged: max(4 S, 0.25 s).
 RATE_SPANS = 4
 RATE_MIN_SPAN_S = 0.25
-# Weight of the newest batch in the mean service time.
-SERVICE_WEIGHT = 0.2
+NEVER = -math.inf  # a hold that ended before all time
 
 
-@dataclass(frozen=True, slots=True)
+class Slots(Protocol):
+    """The slots of a model, as a release sees them."""
+
+    @property
+    def busy(self) -> int:
+        """Those that are taken, over all replicas."""
+
+    @property
+    def others_wait(self) -> bool:
+        """Whether rows of another key of the model wait."""
+
+    def count_free(self, now: float, /) -> int:
+        """Those that may be taken now."""
+
+    def expected_back(self) -> Sequence[float]:
+        """When those that are taken should be free again, in any order; a slot nothing is known of is due at once."""
+
+
+@dataclass(slots=True)
 class View:
     """What a release is decided on.
 
-    `blocks`: waiting ones of the key; `oldest_at`: arrival of the oldest row; `blocks_in_flight`: of the key;
-    `busy_slots`: of the model, over all replicas.
+    `blocks`, `rows`: waiting ones of the key; `oldest_at`: arrival of the oldest row; `deadline`: the earliest of
+    theirs; `blocks_in_flight`: of the key; `slots`: of the model, asked only where needed.
     """
 
     blocks: int
+    rows: int
     oldest_at: float
+    deadline: float
     is_full: bool
     blocks_in_flight: int
-    busy_slots: int
+    slots: Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,113 +89,117 @@ class Hold:
 class Policy(Protocol):
     """One key's release rule."""
 
-    def arrived(self, blocks: int, now: float) -> None:
-        """So many blocks have come."""
+    service_times: ServiceTimes
+    """How long the key's calls take."""
 
-    def completed(self, service_s: float) -> None:
-        """A batch of the key came back after `service_s`."""
+    def arrived(self, blocks: int, rows: int, now: float) -> None:
+        """So many blocks, of so many rows together, have come."""
+
+    def completed(self, replica: str, rows: int, service_s: float, now: float, /) -> None:
+        """A batch of the key came back."""
 
     def hold(self, view: View, now: float) -> Hold | None:
-        """None: release now. Asked only while rows wait and a slot may be free."""
-
-    @property
-    def service_s(self) -> float | None:
-        """The predicted service time of the next batch in seconds; None while unknown."""
-
-
-class Mean:
-    """An exponentially weighted mean; None before the first value."""
-
-    def __init__(self, weight: float) -> None:
-        self._weight = weight
-        self.value: float | None = None
-
-    def add(self, value: float) -> None:
-        """Count `value`."""
-        self.value = value if self.value is None else self.value + self._weight * (value - self.value)
-
-
-class Rate:
-    """Events per second, averaged over a span that may change: each event's weight decays as exp(-age / span)."""
-
-    def __init__(self) -> None:
-        self._value = 0.0
-        self._at = 0.0
-
-    def add(self, events: int, now: float, span_s: float) -> None:
-        """Count events."""
-        self._value = self.at(now, span_s) + events / span_s
-        self._at = now
-
-    def at(self, now: float, span_s: float) -> float:
-        """The rate at `now`."""
-        return self._value * math.exp((self._at - now) / span_s) if self._value else 0.0
+        """None: release now, as the caller then does. Asked only while rows wait and a slot may be free."""
 
 
 class WorkConserving:
-    """Release as soon as a slot is free, but for the gather and coalescing holds. For limited slots."""
+    """Release as soon as a slot is free, but for the holds. For limited slots.
 
-    def __init__(self, max_queue_delay_s: float) -> None:
+    even_gap, return_wave: False leaves that hold out. Without both it is the plain release that others are compared to.
+    """
+
+    def __init__(self, max_queue_delay_s: float, *, even_gap: bool = True, return_wave: bool = True) -> None:
+        self.service_times = ServiceTimes()
         self._max_queue_delay_s = max_queue_delay_s
         self._gather_s = min(max_queue_delay_s, GATHER_MAX_S)
-        self._service = Mean(SERVICE_WEIGHT)
+        self._has_even_gap = even_gap
+        # State: how many blocks and rows come; who comes back; the span of the rates.
         self._blocks = Rate()
+        self._rows = Rate()
+        self._wave = ReturnWave() if return_wave else None
+        self._span_s = RATE_MIN_SPAN_S
 
-    @property
-    def service_s(self) -> float | None:
+    def arrived(self, blocks: int, rows: int, now: float) -> None:
         """See Policy."""
-        return self._service.value
+        self._blocks.add(blocks, now, self._span_s)
+        self._rows.add(rows, now, self._span_s)
+        if self._wave:
+            self._wave.arrived(rows, now)
 
-    def arrived(self, blocks: int, now: float) -> None:
+    def completed(self, replica: str, rows: int, service_s: float, now: float) -> None:
         """See Policy."""
-        self._blocks.add(blocks, now, self._span_s())
-
-    def completed(self, service_s: float) -> None:
-        """See Policy."""
-        self._service.add(service_s)
+        self.service_times.observe(replica, rows, service_s)
+        mean_s = self.service_times.overall.mean_s
+        self._span_s = max(RATE_SPANS * mean_s, RATE_MIN_SPAN_S)
+        if self._wave and mean_s >= FAST_S:
+            self._wave.completed(self._rows.at(now, self._span_s), mean_s, now)
 
     def hold(self, view: View, now: float) -> Hold | None:
-        """See Policy; the longer of the holds that apply."""
-        if view.is_full or not self._max_queue_delay_s:
+        """See Policy."""
+        hold = None if view.is_full or not self._max_queue_delay_s else self._first_hold(view, now)
+        if hold is None and self._wave:
+            self._wave.released()
+        return hold
+
+    def _first_hold(self, view: View, now: float) -> Hold | None:
+        """The first that applies; at its end the others are asked. In the order of what asking costs."""
+        until = view.oldest_at + self._gather_for(view, now)
+        if until > now:
+            return Hold(until)
+        line = self.service_times.overall
+        if line.mean_s < FAST_S:
             return None
-        gather = view.oldest_at + self._gather_for(view, now)
-        coalesce = view.oldest_at + self._coalesce_for(view)
-        until = max(gather, coalesce)
-        return Hold(until, lapses_with_slots=coalesce > gather) if until > now else None
+        service_s = line.predict(view.rows)
+        until = self._wave_until(view, service_s, now)
+        if until > now:
+            return Hold(until)
+        until = max(self._coalesce_until(view, service_s), self._gap_until(view, service_s, now))
+        return Hold(until, lapses_with_slots=True) if until > now else None
 
     def _gather_for(self, view: View, now: float) -> float:
         has_company = view.blocks > 1 or view.blocks_in_flight > 0
-        is_dense = self._blocks.at(now, self._span_s()) * self._gather_s >= GATHER_BLOCKS
+        is_dense = self._blocks.at(now, self._span_s) * self._gather_s >= GATHER_BLOCKS
         return self._gather_s if has_company and is_dense else 0.0
 
-    def _coalesce_for(self, view: View) -> float:
-        if view.busy_slots or self._service.value is None:
-            return 0.0
-        hold_s = min(self._max_queue_delay_s, COALESCE_SHARE * self._service.value)
-        return hold_s if hold_s >= COALESCE_MIN_S else 0.0
+    def _coalesce_until(self, view: View, service_s: float) -> float:
+        hold_s = min(self._max_queue_delay_s, COALESCE_SHARE * service_s)
+        return view.oldest_at + hold_s if hold_s >= MIN_HOLD_S and not view.slots.busy else NEVER
 
-    def _span_s(self) -> float:
-        return max(RATE_SPANS * (self._service.value or 0.0), RATE_MIN_SPAN_S)
+    def _wave_until(self, view: View, service_s: float, now: float) -> float:
+        if not self._wave or not self.service_times.is_settled or self._wave.lasts_s < MIN_HOLD_S:
+            return NEVER
+        return self._wave.hold_until(view.rows, service_s, now)
+
+    def _gap_until(self, view: View, service_s: float, now: float) -> float:
+        slots, line = view.slots, self.service_times.overall
+        if not self._has_even_gap or not self.service_times.is_settled or not slots.busy or slots.others_wait:
+            return NEVER
+        hold_s = Gap(
+            rows=view.rows,
+            age_s=now - view.oldest_at,
+            slack_s=view.deadline - now - line.predict_p90(view.rows),
+            rate=self._rows.at(now, self._span_s),
+            free=max(slots.count_free(now), 1),
+            returns_s=[at - now for at in slots.expected_back()],
+            service_s=service_s,
+            alpha=line.alpha,
+        ).hold_s()
+        return now + hold_s if hold_s >= MIN_HOLD_S else NEVER
 
 
 class Window:
     """Release when the oldest row is `max_queue_delay_s` old or the batch is full. For backends without slot limit."""
 
     def __init__(self, max_queue_delay_s: float) -> None:
+        self.service_times = ServiceTimes()
         self._max_queue_delay_s = max_queue_delay_s
-        self._service = Mean(SERVICE_WEIGHT)
 
-    @property
-    def service_s(self) -> float | None:
-        """See Policy."""
-        return self._service.value
-
-    def arrived(self, blocks: int, now: float) -> None:
+    def arrived(self, blocks: int, rows: int, now: float) -> None:
         """See Policy; a window does not care how many come."""
 
-    def completed(self, service_s: float) -> None:
+    def completed(self, replica: str, rows: int, service_s: float, _now: float, /) -> None:
         """See Policy."""
-        self._service.add(service_s)
+        self.service_times.observe(replica, rows, service_s)
 
     def hold(self, view: View, now: float) -> Hold | None:
         """See Policy."""

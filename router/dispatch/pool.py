@@ -66,6 +66,9 @@ class Taker(Protocol):
     def wants_slot(self) -> bool:
         """Whether rows still wait that are not held."""
 
+    def expect_s(self, batch: Batch, replica: str) -> float:
+        """How long a replica will take for the batch; 0 while unknown."""
+
 
 @dataclass(slots=True, eq=False)
 class Seat:
@@ -77,12 +80,13 @@ class Seat:
     resume_at: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Slot:
-    """The permit for one batch."""
+    """The permit for one batch; expected to be free again at `back_at`."""
 
     slots: "ModelSlots"
     seat: Seat
+    back_at: float
 
 
 class ModelSlots:
@@ -90,36 +94,55 @@ class ModelSlots:
 
     def __init__(self, replicas: Sequence[Backend], max_in_flight: int) -> None:
         self._max_in_flight = max_in_flight
-        # State: a seat per replica; keys in turn for a slot; keys whose hold ends when a slot is taken or freed; one
-        # timer for the end of a pause; whether `assign` is about to run.
+        # State: a seat per replica; the slots that are taken; keys in turn for a slot, keys whose hold ends when a slot
+        # is taken or freed, and keys whose hold does not: each key in one of the three at most; one timer for the end
+        # of a pause; whether `assign` is about to run.
         self._seats = [Seat(replica) for replica in replicas]
+        self._taken: set[Slot] = set()
         self._waiting: OrderedDict[Taker, None] = OrderedDict()
         self._held: OrderedDict[Taker, None] = OrderedDict()
+        self._resting: dict[Taker, None] = {}
         self._resume_timer: asyncio.TimerHandle | None = None
         self._is_assign_due = False
 
     def __repr__(self) -> str:
-        return f"<ModelSlots {self.busy} busy, {len(self._waiting)} waiting, {len(self._held)} held>"
+        held = len(self._held) + len(self._resting)
+        return f"<ModelSlots {self.busy} busy, {len(self._waiting)} waiting, {held} held>"
 
     @property
     def busy(self) -> int:
-        """Slots that are taken."""
-        return sum(seat.in_flight for seat in self._seats)
+        """See policy.Slots."""
+        return len(self._taken)
+
+    @property
+    def others_wait(self) -> bool:
+        """See policy.Slots; the one that asks is in none of the three."""
+        return bool(self._waiting or self._held or self._resting)
+
+    def count_free(self, now: float) -> int:
+        """See policy.Slots."""
+        return sum(self._max_in_flight - seat.in_flight for seat in self._seats if self._load(seat, now).can_take)
+
+    def expected_back(self) -> list[float]:
+        """See policy.Slots."""
+        return [slot.back_at for slot in self._taken]
 
     def request(self, taker: Taker) -> None:
         """Queue for a slot, behind the other keys of the model; it may be had at once."""
         self._held.pop(taker, None)
+        self._resting.pop(taker, None)
         self._waiting[taker] = None
         self.assign()
 
-    def hold(self, taker: Taker) -> None:
-        """Ask `taker` again as soon as a slot is taken or freed."""
-        self._held[taker] = None
+    def hold(self, taker: Taker, *, lapses: bool) -> None:
+        """Its rows wait although a slot is at hand. `lapses`: ask it again as soon as a slot is taken or freed."""
+        (self._held if lapses else self._resting)[taker] = None
 
     def withdraw(self, taker: Taker) -> None:
         """Want no slot any more."""
         self._waiting.pop(taker, None)
         self._held.pop(taker, None)
+        self._resting.pop(taker, None)
 
     def assign(self) -> None:
         """Give free slots to the waiting keys, in turn, until either runs out."""
@@ -133,8 +156,7 @@ class ModelSlots:
             taker, _ = self._waiting.popitem(last=False)
             batch = taker.take(self, now)
             if batch is not None:
-                self._occupy(seat)
-                taker.dispatch(batch, Slot(self, seat))
+                taker.dispatch(batch, self._occupy(seat, now + taker.expect_s(batch, seat.replica.address)))
             if taker.wants_slot:
                 self._waiting[taker] = None
 
@@ -143,6 +165,7 @@ class ModelSlots:
 
         The slot is given away on the loop's next turn: by then a lost batch's rows are back at the head of their queue.
         """
+        self._taken.remove(slot)
         slot.seat.in_flight -= 1
         slot.seat.replica.free()
         if error is None or not error.may_requeue:
@@ -161,10 +184,13 @@ class ModelSlots:
             seat.failures += 1
             seat.resume_at = now + pause_s(seat.failures, random.random())  # noqa: S311 (spreads, guards nothing)
 
-    def _occupy(self, seat: Seat) -> None:
+    def _occupy(self, seat: Seat, back_at: float) -> Slot:
+        slot = Slot(self, seat, back_at)
+        self._taken.add(slot)
         seat.in_flight += 1
         seat.replica.reserve()
         self._ask_held_again()
+        return slot
 
     def _ask_held_again(self) -> None:
         self._waiting.update(self._held)

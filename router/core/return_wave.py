@@ -1,0 +1,111 @@
+"""The return-wave hold: wait for the callers of the batch that has just come back.
+
+Theory of operation. Callers in a closed loop ask again within a few ms of an answer. A release that goes at once never
+meets them: what was left behind goes alone, they arrive during its call, and the next release takes only them. So two
+half batches chase each other for ever (64 callers, one 50 ms slot, at most 64 rows: 32 rows a batch, 640 rows/s instead
+of 1,200). Waiting a few ms after a completion merges the two for good.
+
+Whether callers come back is learned. Rows are counted by their lag since the latest completion, in bins of 1 % of a
+service time up to `REACH`, as a mean over completions that forgets. What arrivals without any memory would bring, the
+key's rate times the width, is taken off. The running sum of the rest, E(lag), climbs while a wave comes in:
+
+* delta, how long the wave lasts: where E reaches 90 % of its maximum,
+* k, the wave: E(delta) rows per completion.
+
+After a completion rows are held until delta has passed or the batch is full, while k >= 1, while k stands out from what
+chance makes of memoryless arrivals, and while k * S > n * delta: what k rows save, a call of their own, outweighs what
+the n rows at hand lose. It does not end early when k rows have come: k learned from half batches would confirm itself.
+
+Completions that come while a hold lasts do not prolong it, so none is longer than delta <= 0.35 S.
+"""
+
+import math
+
+REACH = 0.35
+BINS = 35
+BINS_PER_SERVICE = BINS / REACH
+WAVE_SHARE = 0.9
+# Weight of the newest completion: half of what is known comes from the last 14.
+WEIGHT = 0.05
+MIN_ROWS = 1.0
+# E of memoryless arrivals strays; only beyond so many standard deviations it is taken for a wave.
+SIGNIFICANCE = 4.0
+# Increments grow by 1 / (1 - WEIGHT) with each completion, instead of shrinking every bin; this keeps them in range.
+MAX_INCREMENT = 1e50
+
+
+class ReturnWave:
+    """What is known of the callers of one key that come back, and the hold that follows from it."""
+
+    def __init__(self) -> None:
+        # State: rows by lag, each weighted with the increment of its completion; the sum of the increments and of their
+        # squares; the latest completion and the service time then; the wave as of then; when the hold that it allows
+        # ends; since when rows are held.
+        self._bins = [0.0] * BINS
+        self._increment = 1.0
+        self._increments = self._squares = 0.0
+        self._completed_at = -math.inf
+        self._per_second = 0.0
+        self.rows = 0.0
+        self.lasts_s = 0.0
+        self._ends_at = -math.inf
+        self._held_since: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<ReturnWave {self.rows:.1f} rows within {self.lasts_s * 1e3:.1f} ms>"
+
+    def arrived(self, rows: int, now: float) -> None:
+        """So many rows have come."""
+        number = int((now - self._completed_at) * self._per_second) if self._per_second else BINS
+        if 0 <= number < BINS:
+            self._bins[number] += rows * self._increment
+
+    def completed(self, rate: float, service_s: float, now: float) -> None:
+        """A batch came back; rows come at `rate` a second in all, calls take `service_s`."""
+        if self._increments:
+            self._learn(rate, service_s)
+        self._increment /= 1 - WEIGHT
+        if self._increment > MAX_INCREMENT:
+            self._rescale()
+        self._increments += self._increment
+        self._squares += self._increment * self._increment
+        self._completed_at = now
+        self._per_second = BINS_PER_SERVICE / service_s if service_s > 0 else 0.0
+        if now >= self._ends_at:
+            self._ends_at = now + self.lasts_s
+
+    def hold_until(self, rows: int, service_s: float, now: float) -> float:
+        """Until when `rows` waiting ones, whose call takes `service_s`, should wait; a time that has passed: go."""
+        if now >= self._ends_at or not self.rows * service_s > rows * self.lasts_s:
+            return now
+        if self._held_since is None:
+            self._held_since = now
+        return min(self._ends_at, self._held_since + self.lasts_s)
+
+    def released(self) -> None:
+        """The rows that waited go."""
+        self._held_since = None
+
+    def _learn(self, rate: float, service_s: float) -> None:
+        """Find the wave; none that is small or not significant."""
+        self.rows = self.lasts_s = 0.0
+        by_chance = rate * service_s / BINS_PER_SERVICE
+        excess = most = 0.0
+        sums = []
+        for rows in self._bins:
+            excess += rows / self._increments - by_chance
+            sums.append(excess)
+            most = max(most, excess)
+        if most < MIN_ROWS:
+            return
+        last = next(number for number, value in enumerate(sums) if value >= WAVE_SHARE * most)
+        # A weighted mean of Poisson numbers: its variance is one number's mean, times the sum of the squared weights.
+        noise = math.sqrt(by_chance * (last + 1) * self._squares) / self._increments
+        if sums[last] >= max(MIN_ROWS, SIGNIFICANCE * noise):
+            self.rows, self.lasts_s = sums[last], (last + 1) * service_s / BINS_PER_SERVICE
+
+    def _rescale(self) -> None:
+        self._bins = [rows / self._increment for rows in self._bins]
+        self._increments /= self._increment
+        self._squares /= self._increment * self._increment
+        self._increment = 1.0

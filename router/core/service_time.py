@@ -1,0 +1,189 @@
+"""How long a call takes: S(b) = beta + alpha * b for a batch of b rows, fitted per replica and key as calls come back.
+
+Theory of operation. A line keeps the weighted means, variances and covariance of batch sizes and times. The newest call
+weighs 1/n at first and `FORGETTING` for ever after, so the fit is an ordinary regression over the first 50 calls and
+follows a model that changes from then on. Three guards, since predictions decide about real waiting:
+
+* Outliers. A time beyond Tukey's outer fences (three interquartile ranges of the newest residuals outside the
+  quartiles) enters the fit as if it lay on the fence: one stall of a minute moves a 5 s line by some 15 ms. A lasting
+  change moves the quartiles themselves within a quarter of the residuals, and then nothing is cut any more.
+* The slope. With every batch about as large as the other, noise looks like a slope, and 0.1 s per row at 8 rows would
+  be 6 s at 64. So the slope is shrunk by what chance explains (Breiman's non-negative garrote): a slope of t standard
+  errors keeps 1 - (3 / t)^2 of itself, and below three nothing: 0 at t <= 3, 0.44 at 4, 0.91 at 10.
+* The signs. alpha >= 0 and beta >= 0: a line that would cut the axis below zero goes through the origin instead.
+
+Beside the line stand the newest `RESIDUALS` residuals in order of size, whose 90th and 99th percentiles, added to the
+line, are S_p90 and S_p99. Memory is two lists of 100 numbers per replica. An observation costs 4 µs per line, two lines
+a batch; so of calls below `FAST_S`, which nobody waits for on purpose but which come by the thousand, one in 13 counts.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+
+# Calls of a key, over all replicas, before anything that can hurt relies on the predictions.
+MIN_CALLS = 20
+# A replica's own line is used from here on, until then that of all replicas together.
+MIN_REPLICA_CALLS = 10
+# Calls this short are over before a hold would be worth a timer. Thirteen is prime, so that replicas that take turns
+# all have theirs counted; the first calls are all counted.
+FAST_S = 0.002
+FAST_CALLS_PER_COUNTED = 13
+# The newest call's least weight: as much memory as 99 calls of equal weight, (2 - w) / w.
+FORGETTING = 0.02
+RESIDUALS = 100
+# Quartiles of fewer residuals than this cut nothing.
+MIN_FENCED = 8
+FENCE_SPREADS = 3.0
+# A model of constant time has no spread; a fence this share of the prediction wide lets it drift nevertheless.
+MIN_SPREAD_SHARE = 0.05
+SIGNIFICANCE = 3.0
+# Replicas come and go; lines beyond this many are forgotten, the oldest first.
+MAX_LINES = 256
+
+
+class ServiceLine:
+    """The fitted time of the calls of one key on one replica, or on all."""
+
+    __slots__ = (
+        "_cov",
+        "_least_s",
+        "_mean_rows",
+        "_newest",
+        "_previous_least_s",
+        "_residuals",
+        "_var_rows",
+        "_var_s",
+        "alpha",
+        "beta",
+        "calls",
+        "mean_s",
+    )
+
+    def __init__(self) -> None:
+        # State: the line; its moments; residuals by age and by size; the least time of these and the last 100 calls.
+        self.calls = 0
+        self.alpha = 0.0
+        self.beta = 0.0
+        self.mean_s = 0.0
+        self._mean_rows = self._var_rows = self._var_s = self._cov = 0.0
+        self._newest: deque[float] = deque()
+        self._residuals: list[float] = []
+        self._least_s = self._previous_least_s = math.inf
+
+    def __repr__(self) -> str:
+        return f"<ServiceLine {self.beta:.4g} s + {self.alpha:.4g} s per row, {self.calls} calls>"
+
+    def observe(self, rows: int, service_s: float) -> None:
+        """A batch of `rows` came back after `service_s`."""
+        residual = service_s - self.predict(rows) if self.calls else 0.0
+        self._fit(rows, service_s - residual + self._fenced(residual, service_s - residual))
+        self._remember(residual)
+        if self.calls % RESIDUALS == 0:
+            self._previous_least_s, self._least_s = self._least_s, math.inf
+        self._least_s = min(self._least_s, service_s)
+        self.calls += 1
+
+    def predict(self, rows: int) -> float:
+        """S: the expected time of a batch of `rows`."""
+        return self.beta + self.alpha * rows
+
+    def predict_p90(self, rows: int) -> float:
+        """Nine of ten such batches are back by then."""
+        return self.predict(rows) + self._residual(0.90)
+
+    def predict_p99(self, rows: int) -> float:
+        """99 of 100 such batches are back by then."""
+        return self.predict(rows) + self._residual(0.99)
+
+    @property
+    def min_s(self) -> float:
+        """The least time of the last 100 to 200 calls: no answer can be hoped for earlier. 0 before the first."""
+        return min(self._least_s, self._previous_least_s) if self.calls else 0.0
+
+    def _residual(self, share: float) -> float:
+        residuals = self._residuals
+        return max(0.0, residuals[min(int(share * len(residuals)), len(residuals) - 1)]) if residuals else 0.0
+
+    def _fenced(self, residual: float, predicted_s: float) -> float:
+        residuals = self._residuals
+        number = len(residuals)
+        if number < MIN_FENCED:
+            return residual
+        low, high = residuals[number // 4], residuals[(3 * number) // 4]
+        reach = FENCE_SPREADS * max(high - low, MIN_SPREAD_SHARE * predicted_s)
+        return min(max(residual, low - reach), high + reach)
+
+    def _remember(self, residual: float) -> None:
+        self._newest.append(residual)
+        insort(self._residuals, residual)
+        if len(self._newest) > RESIDUALS:
+            del self._residuals[bisect_left(self._residuals, self._newest.popleft())]
+
+    def _fit(self, rows: int, service_s: float) -> None:
+        weight = max(1 / (self.calls + 1), FORGETTING)
+        by_rows, by_s = rows - self._mean_rows, service_s - self.mean_s
+        self._mean_rows += weight * by_rows
+        self.mean_s += weight * by_s
+        keep = 1 - weight
+        self._var_rows = keep * (self._var_rows + weight * by_rows * by_rows)
+        self._var_s = keep * (self._var_s + weight * by_s * by_s)
+        self._cov = keep * (self._cov + weight * by_rows * by_s)
+        self._solve(min(self.calls + 1, (2 - FORGETTING) / FORGETTING))
+
+    def _solve(self, calls: float) -> None:
+        """The line of `calls` calls of equal weight with these moments."""
+        alpha = self._slope(calls)
+        beta = self.mean_s - alpha * self._mean_rows
+        if beta < 0:
+            squares = self._var_rows + self._mean_rows * self._mean_rows
+            alpha, beta = (self._cov + self._mean_rows * self.mean_s) / squares, 0.0
+        self.alpha, self.beta = alpha, beta
+
+    def _slope(self, calls: float) -> float:
+        if calls <= 2 or self._cov <= 0 or self._var_rows <= 0:
+            return 0.0
+        slope = self._cov / self._var_rows
+        error_squared = max(self._var_s - slope * self._cov, 0.0) / (self._var_rows * (calls - 2))
+        return slope * max(0.0, 1 - SIGNIFICANCE**2 * error_squared / (slope * slope))
+
+
+class ServiceTimes:
+    """The service times of one key: a line per replica, and one of all calls for a batch that has no replica yet."""
+
+    def __init__(self) -> None:
+        self.overall = ServiceLine()
+        self._lines: dict[str, ServiceLine] = {}
+        self._fast_calls = 0
+
+    def __repr__(self) -> str:
+        return f"<ServiceTimes {self.overall!r}, {len(self._lines)} replicas>"
+
+    def observe(self, replica: str, rows: int, service_s: float) -> None:
+        """A batch of `rows` came back from `replica` after `service_s`."""
+        if service_s < FAST_S and self.overall.calls >= RESIDUALS:
+            self._fast_calls += 1
+            if self._fast_calls % FAST_CALLS_PER_COUNTED:
+                return
+        line = self._lines.get(replica)
+        if line is None:
+            if len(self._lines) >= MAX_LINES:
+                del self._lines[next(iter(self._lines))]
+            line = self._lines[replica] = ServiceLine()
+        line.observe(rows, service_s)
+        self.overall.observe(rows, service_s)
+
+    @property
+    def calls(self) -> int:
+        """Calls of the key that were counted, over all replicas."""
+        return self.overall.calls
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether enough calls were measured to rely on."""
+        return self.overall.calls >= MIN_CALLS
+
+    def of(self, replica: str) -> ServiceLine:
+        """The line of a replica; that of all while it has too few calls of its own."""
+        line = self._lines.get(replica)
+        return line if line is not None and line.calls >= MIN_REPLICA_CALLS else self.overall

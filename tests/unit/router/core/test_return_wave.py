@@ -1,0 +1,112 @@
+"""The return wave: who is taken for one, how long rows wait for it."""
+
+import random
+
+import pytest
+
+from router.core.return_wave import MAX_INCREMENT, WEIGHT, ReturnWave
+
+SERVICE_S = 1.0
+
+
+class Calls:
+    """Calls of a second, one after the other; rows come at given lags after each completion."""
+
+    def __init__(self) -> None:
+        self.wave = ReturnWave()
+        self.now = 0.0
+        self._rows = 0
+
+    def go(self, calls: int, *lags: float, rate: float | None = None) -> "Calls":
+        for _ in range(calls):
+            self.complete(rate)
+            for lag in sorted(lags):
+                self.wave.arrived(1, self.now + lag)
+            self._rows = len(lags)
+            self.now += SERVICE_S
+        return self
+
+    def complete(self, rate: float | None = None) -> None:
+        self.wave.completed(self._rows / SERVICE_S if rate is None else rate, SERVICE_S, self.now)
+
+
+WAVE = tuple(0.001 + 0.01 * number for number in range(10))
+
+
+def test_nothing_is_known_before_the_first_completions() -> None:
+    wave = ReturnWave()
+    wave.arrived(5, 0.01)
+    assert wave.hold_until(1, SERVICE_S, 0.02) == 0.02
+
+
+def test_rows_that_come_right_after_completions_are_a_wave() -> None:
+    """Ten rows in a tenth of the time: nine more than the same rate would bring by chance."""
+    calls = Calls().go(30, *WAVE)
+    calls.complete()
+    assert calls.wave.lasts_s == pytest.approx(0.09)
+    assert calls.wave.rows == pytest.approx(9 - 10 * 0.09, rel=0.05)
+
+
+def test_rows_wait_the_whole_wave_however_many_have_come() -> None:
+    calls = Calls().go(30, *WAVE)
+    calls.complete()
+    until = calls.wave.hold_until(1, SERVICE_S, calls.now)
+    assert until == pytest.approx(calls.now + 0.09)
+    assert calls.wave.hold_until(12, SERVICE_S, calls.now + 0.08) == until
+    assert calls.wave.hold_until(12, SERVICE_S, until) == until
+
+
+def test_many_rows_do_not_wait_for_few() -> None:
+    """k S = 8.1 row seconds are saved; n rows lose 0.09 n."""
+    calls = Calls().go(30, *WAVE)
+    calls.complete()
+    assert calls.wave.hold_until(80, SERVICE_S, calls.now) > calls.now
+    assert calls.wave.hold_until(100, SERVICE_S, calls.now) == calls.now
+
+
+def test_rows_that_come_at_any_time_are_no_wave() -> None:
+    chance = random.Random(1)
+    calls = Calls()
+    for _ in range(2000):
+        calls.go(1, *(chance.random() for _ in range(20)), rate=20.0)
+        assert calls.wave.lasts_s == 0.0
+
+
+def test_rows_that_come_late_are_no_wave() -> None:
+    calls = Calls().go(30, *(0.4 + lag for lag in WAVE))
+    assert calls.wave.lasts_s == 0.0
+
+
+def test_a_wave_that_has_stopped_is_forgotten() -> None:
+    calls = Calls().go(30, *WAVE).go(100)
+    assert calls.wave.lasts_s == 0.0
+
+
+def test_completions_during_a_hold_do_not_prolong_it() -> None:
+    calls = Calls().go(30, *WAVE)
+    calls.complete()
+    wave, until = calls.wave, calls.wave.hold_until(1, SERVICE_S, calls.now)
+    for share in (0.3, 0.6, 0.9, 0.999):
+        wave.completed(10.0, SERVICE_S, calls.now + share * 0.09)
+        assert wave.hold_until(1, SERVICE_S, calls.now + share * 0.09) == until
+    wave.completed(10.0, SERVICE_S, until)
+    assert wave.hold_until(1, SERVICE_S, until) == pytest.approx(until)
+
+
+def test_the_next_batch_may_be_held_again() -> None:
+    calls = Calls().go(30, *WAVE)
+    calls.complete()
+    calls.wave.hold_until(1, SERVICE_S, calls.now)
+    calls.wave.released()
+    calls.now += SERVICE_S
+    calls.complete()
+    assert calls.wave.hold_until(1, SERVICE_S, calls.now) > calls.now
+
+
+def test_what_is_known_survives_the_rescaling_of_its_weights() -> None:
+    calls = Calls()
+    growth = 1.0
+    while growth < MAX_INCREMENT**1.5:
+        calls.go(100, *WAVE)
+        growth /= (1 - WEIGHT) ** 100
+        assert calls.wave.lasts_s == pytest.approx(0.09)
