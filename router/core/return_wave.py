@@ -28,7 +28,7 @@ WAVE_SHARE = 0.9
 # Weight of the newest completion: half of what is known comes from the last 14.
 WEIGHT = 0.05
 MIN_ROWS = 1.0
-# E of memoryless arrivals strays; only beyond so many standard deviations it is taken for a wave.
+# E of memoryless arrivals (or bursts) strays; only beyond so many standard deviations it is taken for a wave.
 SIGNIFICANCE = 4.0
 # Increments grow by 1 / (1 - WEIGHT) with each completion, instead of shrinking every bin; this keeps them in range.
 MAX_INCREMENT = 1e50
@@ -39,11 +39,12 @@ class ReturnWave:
 
     def __init__(self) -> None:
         # State: rows by lag, each weighted with the increment of its completion; the sum of the increments and of their
-        # squares; the latest completion and the service time then; the wave as of then; when the hold that it allows
-        # ends; since when rows are held.
+        # squares; the sums of the rows that come together, and of their squares; the latest completion and the service
+        # time then; the wave as of then; when the hold that it allows ends; since when rows are held.
         self._bins = [0.0] * BINS
         self._increment = 1.0
         self._increments = self._squares = 0.0
+        self._arrived = self._arrived_squares = 0.0
         self._completed_at = -math.inf
         self._per_second = 0.0
         self.rows = 0.0
@@ -57,6 +58,8 @@ class ReturnWave:
     def arrived(self, rows: int, now: float) -> None:
         """So many rows have come."""
         number = int((now - self._completed_at) * self._per_second) if self._per_second else BINS
+        self._arrived += rows * self._increment
+        self._arrived_squares += rows * rows * self._increment
         if 0 <= number < BINS:
             self._bins[number] += rows * self._increment
 
@@ -99,8 +102,10 @@ class ReturnWave:
         if most < MIN_ROWS:
             return
         last = next(number for number, value in enumerate(sums) if value >= WAVE_SHARE * most)
-        # A weighted mean of Poisson numbers: its variance is one number's mean, times the sum of the squared weights.
-        noise = math.sqrt(by_chance * (last + 1) * self._squares) / self._increments
+        # A weighted mean of compound Poisson numbers: the variance of one is its mean times E[X^2] / E[X], where X rows
+        # come together (10 for bursts of 10), and that of the mean is that times the sum of the squared weights.
+        variance = by_chance * (last + 1) * self._arrived_squares / self._arrived
+        noise = math.sqrt(variance * self._squares) / self._increments
         if sums[last] >= max(MIN_ROWS, SIGNIFICANCE * noise):
             self.rows, self.lasts_s = sums[last], (last + 1) * service_s / BINS_PER_SERVICE
 
@@ -108,4 +113,6 @@ class ReturnWave:
         self._bins = [rows / self._increment for rows in self._bins]
         self._increments /= self._increment
         self._squares /= self._increment * self._increment
+        self._arrived /= self._increment
+        self._arrived_squares /= self._increment
         self._increment = 1.0

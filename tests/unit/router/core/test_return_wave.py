@@ -5,6 +5,7 @@ import random
 import pytest
 
 from router.core.return_wave import MAX_INCREMENT, WEIGHT, ReturnWave
+from router.core.service_time import MIN_CALLS
 
 SERVICE_S = 1.0
 
@@ -70,6 +71,20 @@ def test_rows_that_come_at_any_time_are_no_wave() -> None:
     for _ in range(2000):
         calls.go(1, *(chance.random() for _ in range(20)), rate=20.0)
         assert calls.wave.lasts_s == 0.0
+
+
+def test_bursts_that_come_at_any_time_are_no_wave() -> None:
+    """Once in a thousand completions chance may look like one; nobody relies on the first twenty."""
+    chance = random.Random(1)
+    calls = Calls()
+    waves = 0
+    for number in range(2000):
+        calls.complete(rate=20.0)
+        for lag in sorted(chance.random() for _ in range(2)):
+            calls.wave.arrived(10, calls.now + lag)
+        calls.now += SERVICE_S
+        waves += number >= MIN_CALLS and calls.wave.lasts_s > 0
+    assert waves <= 2
 
 
 def test_rows_that_come_late_are_no_wave() -> None:

@@ -1,0 +1,123 @@
+"""The simulator's loop: what it carries out, and that it does what the router does."""
+
+import asyncio
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from router.config import Settings
+from router.core.policy import Policy, Window, WorkConserving
+from router.core.types import Batch, BatchAnswer, Block
+from router.dataplane import DataPlane
+from router.dispatch.pool import ReplicaPool
+from router.metrics import Metrics
+from router.simulate.engine import Arrival, ClosedLoop, Outcome, Setup, Simulation
+from tests.builders import make_block, make_key
+from tests.unit.router.fakes import FakeBackend, RecordingReply
+
+SERVICE_S = 0.5
+
+
+def plain() -> Policy:
+    return WorkConserving(0.002, even_gap=False, return_wave=False)
+
+
+def simulate(arrivals: list[Arrival], until: float = 1e6, **setup: object) -> Outcome:
+    defaults = {"policy": plain, "service_s": lambda chance, rows: SERVICE_S}
+    return Simulation(Setup(**{**defaults, **setup}), arrivals).run(until)  # type: ignore[arg-type]
+
+
+def test_rows_that_wait_for_a_slot_share_the_next_batch() -> None:
+    outcome = simulate([Arrival(0.0), Arrival(0.1, rows=2), Arrival(0.2)])
+    assert list(outcome.batch_starts_s) == [0.0, 0.5]
+    assert list(outcome.batch_rows) == [1, 3]
+    assert list(outcome.latencies_s) == pytest.approx([0.5, 0.9, 0.9, 0.8])
+
+
+def test_a_large_block_is_spread_over_batches() -> None:
+    outcome = simulate([Arrival(0.0, rows=20)], max_batch_size=8)
+    assert list(outcome.batch_rows) == [8, 8, 4]
+
+
+def test_keys_share_slots_and_no_batch() -> None:
+    outcome = simulate([Arrival(0.0), *(Arrival(0.1, key=key) for key in "abab")])
+    assert list(outcome.batch_rows) == [1, 2, 2]
+
+
+def test_rows_whose_time_is_up_are_not_sent() -> None:
+    outcome = simulate([Arrival(0.0), Arrival(0.1, timeout_s=0.3), Arrival(0.2, timeout_s=0.7)])
+    assert list(outcome.batch_rows) == [1, 1]
+    assert (outcome.expired_rows, outcome.late_rows) == (1, 1)
+
+
+def test_rows_beyond_the_bound_are_refused() -> None:
+    outcome = simulate([Arrival(0.0), *(Arrival(0.1) for _ in range(5))], max_queued_rows=3)
+    assert (outcome.refused_rows, len(outcome.latencies_s)) == (2, 4)
+
+
+def test_what_happens_before_the_warm_up_is_over_is_not_counted() -> None:
+    outcome = simulate([Arrival(0.0), Arrival(0.1)], warm_up_s=0.6)
+    assert (outcome.arrived_rows, len(outcome.latencies_s), list(outcome.batch_rows)) == (0, 1, [1])
+
+
+def test_callers_in_a_closed_loop_ask_again_after_their_answer() -> None:
+    outcome = simulate([], until=3.0, closed_loop=ClosedLoop(1, lambda chance: 0.25), policy=lambda: Window(0.0))
+    assert list(outcome.batch_starts_s) == pytest.approx([0.25, 1.0, 1.75, 2.5])
+
+
+class Taped(FakeBackend):
+    """A backend that answers after SERVICE_S and notes when each batch began."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address, service_s=SERVICE_S)
+        self.tape: list[tuple[float, int]] = []
+
+    async def infer(self, batch: Batch) -> BatchAnswer:
+        self.tape.append((asyncio.get_running_loop().time(), batch.rows))
+        return await super().infer(batch)
+
+
+def mixed_arrivals() -> Iterator[Arrival]:
+    """Some 12 rows a second for two keys, sparse and dense in turn, for a minute: every hold has its occasion."""
+    chance = random.Random(5)
+    now = 0.0
+    while now < 60:
+        now += chance.expovariate(4 if int(now / 10) % 2 else 20)
+        yield Arrival(now, chance.randint(1, 2), chance.choice("aaaaaaab") if now > 30 else "a")
+
+
+async def serve(arrivals: list[Arrival]) -> list[tuple[float, int]]:
+    """Give the arrivals to the running router with two replicas of one slot; the batches."""
+    settings = Settings(
+        backends={"fake": {"addresses": ["fake:1"], "max_in_flight": 1}},  # type: ignore[dict-item]
+        models=[{"backend": "fake", "max_batch_size": 8, "max_queue_delay_s": 0.1}],  # type: ignore[list-item]
+    )
+    loop = asyncio.get_running_loop()
+    replicas = [Taped("0"), Taped("1")]
+    pool = ReplicaPool(replicas, 1)
+    pool.start()
+    plane = DataPlane(settings, {"fake": pool}, Metrics())
+    start = loop.time()
+    for arrival in arrivals:
+        await asyncio.sleep(start + arrival.at - loop.time())
+        call = plane.open(RecordingReply(), arrival.rows, 600.0)
+        like = make_block(*range(arrival.rows), key=make_key(agent_type=arrival.key))
+        now = loop.time()
+        plane.infer(call, [Block(like.key, 0, 0, like.rows, like.inputs, like.row_bytes, now, now + 600.0, call)])
+    await plane.wait_until_idle()
+    await plane.aclose()
+    await pool.aclose()
+    return sorted((at - start, rows) for replica in replicas for at, rows in replica.tape)
+
+
+@pytest.mark.anyio
+async def test_the_router_makes_the_very_batches_that_the_simulator_makes() -> None:
+    """Up to the slack of the router's clock, 0.6 ms, which the simulator does without."""
+    arrivals = list(mixed_arrivals())
+    outcome = simulate(arrivals, policy=lambda: WorkConserving(0.1), replicas=2, max_batch_size=8, seed=1)
+    simulated = list(zip(outcome.batch_starts_s, outcome.batch_rows, strict=True))
+    served = await serve(arrivals)
+    assert len(simulated) > 100
+    assert [rows for _, rows in served] == [rows for _, rows in sorted(simulated)]
+    assert [at for at, _ in served] == pytest.approx([at for at, _ in sorted(simulated)], abs=0.01)
