@@ -12,15 +12,17 @@ go when as many wait as a gap brings (n >= rate * g) or the oldest is a gap old.
 deadline would be missed. g shrinks as time goes by, so the end of the hold can be computed: that is the alarm.
 
 The more a row adds to a call, the less it helps to make batches large: with u = rate * alpha / slots, the share of
-capacity that rows themselves take, g is damped by clamp((0.65 - u) / 0.3, 0, 1): 1 up to u = 0.35, 0 from 0.65 on.
+capacity that rows themselves take, g is damped by clamp((0.4 - u) / 0.2, 0, 1): 1 up to u = 0.2, 0 from 0.4 on. (With
+0.65 and 0.3 instead, two slots of 5 ms + 0.35 ms per row at half load gain 3 % of the mean for Poisson arrivals, but
+lose 2 % with bursts of ten and 3 % with on/off traffic.)
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-DAMPING_ENDS_AT = 0.65
-DAMPING_SPAN = 0.3
+DAMPING_ENDS_AT = 0.4
+DAMPING_SPAN = 0.2
 # A slot that is late may come back at any moment; it counts as due in this share of a service time.
 LEAST_SHARE = 0.02
 

@@ -59,6 +59,28 @@ def test_callers_who_do_not_come_back_are_not_waited_for(load: float) -> None:
     assert full.p99_s <= 1.005 * plain.p99_s
 
 
+@pytest.mark.parametrize(
+    ("service", "arrivals", "replicas", "load"),
+    [
+        ("5", "on-off", 1, 0.3),
+        ("5", "bursts", 1, 0.5),
+        ("5", "bursts", 8, 0.1),
+        ("0.005+0.00035*rows", "bursts", 2, 0.5),
+        ("0.005+0.00035*rows", "poisson", 2, 0.5),
+        ("3-7", "poisson", 2, 0.3),
+        ("lognormal:5:0.2", "poisson", 8, 0.9),
+    ],
+)
+def test_no_traffic_is_served_worse(service: str, arrivals: str, replicas: int, load: float) -> None:
+    """At most 1 % in the mean and 3 % in the p99."""
+    rate = load * Scenario(Traffic(), parse_service(service), replicas=replicas).capacity
+    seconds = 25_000 / rate
+    traffic = Traffic(rate=rate, arrivals=arrivals)
+    plain, full = both(Scenario(traffic, parse_service(service), replicas=replicas, seconds=seconds, warm_up_s=0))
+    assert full.mean_s <= 1.01 * plain.mean_s
+    assert full.p99_s <= 1.03 * plain.p99_s
+
+
 @pytest.mark.parametrize(("replicas", "load"), [(4, 0.5), (4, 0.9), (8, 0.5), (8, 0.9)])
 def test_even_gaps_take_a_fifth_off_the_latency_of_several_slots(replicas: int, load: float) -> None:
     traffic = Traffic(rate=load * replicas * 64 / 5)
