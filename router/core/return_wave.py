@@ -6,9 +6,9 @@ half batches chase each other for ever (64 callers, one 50 ms slot, at most 64 r
 of 1,200). Waiting a few ms after a completion merges the two for good.
 
 Whether callers come back is learned. Rows are counted by their lag since the latest completion, in bins of 1 % of a
-service time up to `REACH`, as a mean over completions that forgets. What arrivals without any memory would bring is
-taken off: the key's rate times the width, or what the last third of the bins brings if that is more, for the rate lags
-behind traffic that comes and goes. The running sum of the rest, E(lag), climbs while a wave comes in:
+service time, as a mean over completions that forgets. What arrivals without any memory would bring is taken off: the
+key's rate times the width, or what a bin between `REACH` and twice that brings if it is more, for the rate lags behind
+traffic that comes and goes. The running sum of the rest up to `REACH`, E(lag), climbs while a wave comes in:
 
 * delta, how long the wave lasts: where E reaches 90 % of its maximum,
 * k, the wave: E(delta) rows per completion.
@@ -23,9 +23,9 @@ Completions that come while a hold lasts do not prolong it, so none is longer th
 import math
 
 REACH = 0.35
-BINS = 35
-BINS_PER_SERVICE = BINS / REACH
-TAIL = 12
+WAVE_BINS = 35
+BINS = 2 * WAVE_BINS
+BINS_PER_SERVICE = WAVE_BINS / REACH
 WAVE_SHARE = 0.9
 # Weight of the newest completion: half of what is known comes from the last 14.
 WEIGHT = 0.05
@@ -94,11 +94,11 @@ class ReturnWave:
     def _learn(self, rate: float, service_s: float) -> None:
         """Find the wave; none that is small or not significant."""
         self.rows = self.lasts_s = 0.0
-        tail = sum(self._bins[-TAIL:]) / (TAIL * self._increments)
-        by_chance = max(rate * service_s / BINS_PER_SERVICE, tail)
+        later = sum(self._bins[WAVE_BINS:]) / (WAVE_BINS * self._increments)
+        by_chance = max(rate * service_s / BINS_PER_SERVICE, later)
         excess = most = 0.0
         sums = []
-        for rows in self._bins:
+        for rows in self._bins[:WAVE_BINS]:
             excess += rows / self._increments - by_chance
             sums.append(excess)
             most = max(most, excess)

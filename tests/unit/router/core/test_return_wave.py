@@ -48,6 +48,14 @@ def test_rows_that_come_right_after_completions_are_a_wave() -> None:
     assert calls.wave.rows == pytest.approx(9 - 10 * 0.09, rel=0.05)
 
 
+def test_a_wave_may_be_wide() -> None:
+    """Callers who come one by one, since their own calls take time."""
+    calls = Calls().go(30, *(0.33 * number / 30 for number in range(30)))
+    calls.complete()
+    assert calls.wave.lasts_s == pytest.approx(0.3, abs=0.02)
+    assert calls.wave.rows > 15
+
+
 def test_rows_wait_the_whole_wave_however_many_have_come() -> None:
     calls = Calls().go(30, *WAVE)
     calls.complete()
