@@ -40,7 +40,8 @@ SEED = 20_261_205
 GROWTH_S = float(os.environ.get("GROWTH_SECONDS", "60"))
 WARM_UP_S = max(5.0, GROWTH_S / 10)
 SAMPLE_S = 0.5
-SETTLE_S = 30.0
+# A gRPC server gives a connection whose client vanished before it began up to 120 s.
+SETTLE_S = 140.0
 # Of the resident size, from the middle of the load to its end. A busy machine does less in the warm-up, and then its
 # programs still come to their size: 1.2 MB were seen.
 MAX_GROWTH, MAX_GROWTH_BYTES = 0.01, 1_000_000
@@ -452,7 +453,7 @@ async def settled(stack: Stack, is_settled: Callable[[dict[str, Usage]], bool]) 
             return held
 
 
-@pytest.mark.timeout(GROWTH_S + 180)
+@pytest.mark.timeout(GROWTH_S + 400)
 async def test_a_minute_of_everything_leaves_nothing_behind() -> None:
     with mock_router_and_gateway() as stack:
         async with load_on(stack) as load:
