@@ -425,17 +425,19 @@ class _StreamReply:
         """See Reply."""
         self._failed_rows += rows
         self._error = self._error or error
+        told = to_proto(error)  # before an answer is begun, which goes out whatever happens then
         message = self._session.new_answer(self, ERROR_OVERHEAD_BYTES, is_last=is_last)
         message.block, message.first_row, message.rows = index, first_row, rows
-        message.error.CopyFrom(to_proto(error))
+        message.error.CopyFrom(told)
         if is_last:
             self._record(self._error)
 
     def closed(self, error: RouterError) -> None:
         """See Reply."""
         self._failed_rows = self._rows
+        told = to_proto(error)
         message = self._session.new_answer(self, ERROR_OVERHEAD_BYTES, is_last=True)
-        message.error.CopyFrom(to_proto(error))
+        message.error.CopyFrom(told)
         self._record(error)
 
     def _record(self, error: RouterError | None) -> None:
