@@ -4,6 +4,7 @@ The only part of the bench that knows more of a program than its command line: n
 """
 
 import datetime as dt
+from abc import ABC, abstractmethod
 
 from bench.clients import AskError
 from bench.job_rows import PATIENCE_S, SPAN_S, lay_in
@@ -17,7 +18,7 @@ TENANT = "default"
 RESULT = b'{"sentiment":"positive","confidence":0.81195}'
 
 
-class StoreClient:
+class StoreClient(ABC):
     """A store, opened when the jobs that are to wait in it have been laid in."""
 
     def __init__(self, order: Order) -> None:
@@ -29,8 +30,9 @@ class StoreClient:
         await self._store.open()
         await self._store.prepare()
 
+    @abstractmethod
     async def ask(self, variant: int) -> None:
-        raise NotImplementedError
+        """One question to the store."""
 
     async def aclose(self) -> None:
         await self._store.aclose()
