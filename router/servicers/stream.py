@@ -132,14 +132,17 @@ class StreamSession:
     async def _take(self, request: pb.PredictStreamRequest) -> None:
         """First the cancels of calls that were open before this message, so that their ids may come back in it."""
         late_cancels = await self._cancel_all(request.cancels)
+        is_first = True
         for some in convert.read_calls(request.calls, TURN, self._around.settings.limits.max_agents):
             are_finite = convert.are_finite([block.vectors for call in some for block in call.blocks])
             # One message may hold a million calls: let the others go on. A call with a thousand bad rows is as much.
             for turn in (some,) if are_finite else [[call] for call in some]:
+                if not is_first:
+                    await asyncio.sleep(0)
+                is_first = False
                 if self._is_overfull:
                     await self._wait_for_reader()
                 self._begin_all(turn, are_finite=are_finite)
-                await asyncio.sleep(0)
         await self._cancel_all(late_cancels)
         self._something_to_do.set()
 
