@@ -18,7 +18,8 @@ from router.core.policy import Hold, Policy, View
 from router.core.queue import KeyQueue
 from router.core.retry import judge
 from router.core.types import Batch, BatchAnswer, BatchKey, Block, Part
-from router.dispatch.pool import CLOCK_SLACK_S, ModelSlots, ReplicaPool, Slot
+from router.dispatch.pool import ReplicaPool
+from router.dispatch.slots import CLOCK_SLACK_S, ModelSlots, Slot
 from router.errors import BackendError, InternalError, ResourceExhausted, RouterError, Unavailable
 from router.metrics import Metrics
 
@@ -154,11 +155,11 @@ class Batcher:
 
     @property
     def wants_slot(self) -> bool:
-        """See pool.Taker."""
+        """See slots.Taker."""
         return self._queue.rows > 0 and self._hold is None
 
     def take(self, slots: ModelSlots, now: float) -> Batch | None:
-        """See pool.Taker. Late rows are answered first, so none is dispatched."""
+        """See slots.Taker. Late rows are answered first, so none is dispatched."""
         self._expire(now)
         self._hold = None
         if not self._queue.rows:
@@ -184,11 +185,11 @@ class Batcher:
         )
 
     def expect_s(self, batch: Batch, replica: str) -> float:
-        """See pool.Taker."""
+        """See slots.Taker."""
         return self._policy.service_times.of(replica).predict(batch.rows)
 
     def dispatch(self, batch: Batch, slot: Slot) -> None:
-        """See pool.Taker."""
+        """See slots.Taker."""
         self._batch_rows.observe(batch.rows)
         self._blocks_in_flight += len(batch.parts)
         self._in_flight[batch] = self._loop.create_task(self._infer(batch, slot), name=f"batch {batch.id}")

@@ -59,7 +59,7 @@ def make_texts(
     """A block of one text a row."""
     raw = encode_texts(*texts)
     offsets = (scan(raw, len(texts), 1),)
-    return VariableBlock(TEXT_KEY, 0, 0, len(texts), (raw,), 0, at, deadline, recipient or Listener(), offsets)
+    return VariableBlock(TEXT_KEY, 0, 0, len(texts), (raw,), 0, at, deadline, recipient or Listener(), offsets=offsets)
 
 
 def encode_texts(*texts: str) -> bytes:

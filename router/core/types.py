@@ -18,6 +18,9 @@ from router.errors import RouterError
 
 ParameterValue = bool | int | float | str
 
+# Whose rows nobody tells.
+DEFAULT_TENANT = "default"
+
 # Elements of this datatype carry their own length; rows of it have no common width.
 BYTES = "BYTES"
 # Bytes per element of every other OIP datatype.
@@ -124,7 +127,8 @@ class Block:
     """Consecutive rows of one call for one key; the unit that is queued.
 
     `inputs`: raw bytes per tensor of the key, row-major, `rows` rows each. `deadline` and `arrived_at`: monotonic
-    seconds. Rows that differ in width are in `variable.VariableBlock`.
+    seconds. `tenant` and class: whose share of a batch the rows take. Rows that differ in width are in
+    `variable.VariableBlock`.
     """
 
     key: BatchKey
@@ -136,6 +140,8 @@ class Block:
     arrived_at: float
     deadline: float
     recipient: Recipient
+    tenant: str = DEFAULT_TENANT
+    is_batch_class: bool = False
 
     def whole(self) -> "Part":
         """All rows of the block, never tried yet."""

@@ -18,7 +18,7 @@ class VariableBlock(Block):
     `offsets`: where the rows of each input begin, None for inputs of a fixed width; `row_bytes` counts those only.
     """
 
-    offsets: "tuple[Offsets | None, ...]"
+    offsets: "tuple[Offsets | None, ...]" = ()
 
     def whole(self) -> "VariablePart":
         """See Block."""

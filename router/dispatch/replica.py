@@ -162,11 +162,11 @@ class Replica:
         return BatchAnswer(outputs, batch.id, batch.rows, self.address, dispatched_at, answered_at)
 
     def reserve(self) -> None:
-        """See pool.Backend."""
+        """See slots.Backend."""
         self.in_flight += 1
 
     def free(self) -> None:
-        """See pool.Backend."""
+        """See slots.Backend."""
         self.in_flight -= 1
         if self.in_flight == MAX_STREAMS - 1:
             self._on_change()

@@ -134,7 +134,9 @@ class Rows:
         key = self.target.key
         times = terms.arrived_at, terms.deadline
         if key.is_variable:
-            return VariableBlock(key, 0, 0, self.rows, self.inputs, key.row_bytes, *times, recipient, self.offsets)
+            return VariableBlock(
+                key, 0, 0, self.rows, self.inputs, key.row_bytes, *times, recipient, offsets=self.offsets
+            )
         return Block(key, 0, 0, self.rows, self.inputs, key.row_bytes, *times, recipient)
 
 

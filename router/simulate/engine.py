@@ -1,7 +1,7 @@
 """The event loop of the simulator: what the batchers and the pool do with the pure core, in virtual time.
 
 The queue, the policy with its service times, and the choice of a replica are the router's own objects. This module only
-carries out what they decide, event by event, in the order of `batcher.py` and `dispatch/pool.py`: all rows that arrive
+carries out what they decide, event by event, in the order of `batcher.py` and `dispatch/slots.py`: all rows that arrive
 at one instant are looked at together; keys take free slots in turn; a hold rings, or lapses when a slot is taken or
 freed. A test runs both on the same arrivals and compares every batch.
 
@@ -274,7 +274,7 @@ class Simulation:
         (self._held if key.hold.lapses_with_slots else self._resting)[key] = None
         return ()
 
-    # -- as in dispatch/pool.py --------------------------------------------------------------------------------------
+    # -- as in dispatch/slots.py -------------------------------------------------------------------------------------
 
     def _assign(self, now: float) -> None:
         limit = self._setup.max_in_flight

@@ -38,7 +38,7 @@ class Sent:
 
 
 class FakeBackend:
-    """A pool.Backend. `service_s`: answer by itself after so many virtual seconds; None: hang."""
+    """A slots.Backend. `service_s`: answer by itself after so many virtual seconds; None: hang."""
 
     def __init__(self, address: str = "fake:1", *, service_s: float | None = None, is_ready: bool = True) -> None:
         self.address = address

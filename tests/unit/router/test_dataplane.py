@@ -565,7 +565,7 @@ class TextCaller:
         now = plane.loop.time()
         plain = make_texts(*texts)
         block = VariableBlock(
-            plain.key, 0, 0, plain.rows, plain.inputs, 0, now, now + timeout_s, self.call, plain.offsets
+            plain.key, 0, 0, plain.rows, plain.inputs, 0, now, now + timeout_s, self.call, offsets=plain.offsets
         )
         plane.plane.infer(self.call, [block])
 

@@ -122,7 +122,7 @@ def test_inputs_of_both_kinds_stand_side_by_side() -> None:
     offsets = texts.offsets[0]
     assert offsets is not None
     block = VariableBlock(
-        key, 0, 0, 2, (texts.inputs[0], bytes(range(12))), 6, 0.0, 9.0, texts.recipient, (offsets[::2], None)
+        key, 0, 0, 2, (texts.inputs[0], bytes(range(12))), 6, 0.0, 9.0, texts.recipient, offsets=(offsets[::2], None)
     )
     head, rest = block.whole().cut(1)
     assert (head.nbytes, rest.nbytes) == (6 + 11, 6 + 15)

@@ -1,0 +1,212 @@
+"""ModelSlots: the slots that one model's batches take on the replicas of a pool.
+
+A slot is a permit for one batch at a time of one model on one replica. The permits are handed out to the keys that want
+one, in turn; the key forms its batch at that moment, so a batch is as large as it can be and goes where there is room
+now. A replica that lost, refused or timed out a batch pauses for that model, a little longer each time, so that what it
+lost goes elsewhere first.
+
+It moves whole batches: no gRPC, no callers, no rows. Every decision is a plain call.
+"""
+
+import asyncio
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from router.core.balance import Load, choose
+from router.core.retry import pause_s
+from router.core.types import Batch, BatchAnswer
+from router.errors import BackendError
+
+# Timers of uvloop have ticks of a millisecond and ring up to half of one early. Without this an alarm that rings early
+# finds nothing due, and rings on until the tick is over.
+CLOCK_SLACK_S = 0.0006
+
+
+class Backend(Protocol):
+    """A replica as the pool sees it: replica.Replica, or a fake."""
+
+    address: str
+    in_flight: int
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a batch may be sent."""
+
+    def reserve(self) -> None:
+        """Count a batch that will be sent; at once, so that no two find the last room."""
+
+    def free(self) -> None:
+        """Count a reserved batch as gone."""
+
+    def start(self, on_change: Callable[[], None]) -> None:
+        """Connect; call back when `is_ready` may have become true."""
+
+    async def infer(self, batch: Batch) -> BatchAnswer:
+        """Send one batch. Raises BackendError."""
+
+    async def aclose(self) -> None:
+        """Let go of everything."""
+
+
+class Taker(Protocol):
+    """Who wants slots: a key's batcher."""
+
+    def take(self, slots: "ModelSlots", now: float) -> Batch | None:
+        """Form a batch for a slot that is at hand, or None: nothing waits, or the policy holds it."""
+
+    def dispatch(self, batch: Batch, slot: "Slot") -> None:
+        """Send the batch; the slot is the taker's until `pool.infer` has ended."""
+
+    @property
+    def wants_slot(self) -> bool:
+        """Whether rows still wait that are not held."""
+
+    def expect_s(self, batch: Batch, replica: str) -> float:
+        """How long a replica will take for the batch; 0 while unknown."""
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """One model's standing with one replica."""
+
+    replica: Backend
+    in_flight: int = 0
+    failures: int = 0
+    resume_at: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """The permit for one batch; expected to be free again at `back_at`."""
+
+    slots: "ModelSlots"
+    seat: Seat
+    back_at: float
+
+
+class ModelSlots:
+    """The slots of one model over all replicas of its pool."""
+
+    def __init__(self, replicas: Sequence[Backend], max_in_flight: int) -> None:
+        self._max_in_flight = max_in_flight
+        # State: a seat per replica; the slots that are taken; keys in turn for a slot, keys whose hold ends when a slot
+        # is taken or freed, and keys whose hold does not: each key in one of the three at most; one timer for the end
+        # of a pause; whether `assign` is about to run.
+        self._seats = [Seat(replica) for replica in replicas]
+        self._taken: set[Slot] = set()
+        self._waiting: OrderedDict[Taker, None] = OrderedDict()
+        self._held: OrderedDict[Taker, None] = OrderedDict()
+        self._resting: dict[Taker, None] = {}
+        self._resume_timer: asyncio.TimerHandle | None = None
+        self._is_assign_due = False
+
+    def __repr__(self) -> str:
+        held = len(self._held) + len(self._resting)
+        return f"<ModelSlots {self.busy} busy, {len(self._waiting)} waiting, {held} held>"
+
+    @property
+    def busy(self) -> int:
+        """See policy.Slots."""
+        return len(self._taken)
+
+    @property
+    def others_wait(self) -> bool:
+        """See policy.Slots; the one that asks is in none of the three."""
+        return bool(self._waiting or self._held or self._resting)
+
+    def count_free(self, now: float) -> int:
+        """See policy.Slots."""
+        return sum(self._max_in_flight - seat.in_flight for seat in self._seats if self._load(seat, now).can_take)
+
+    def expected_back(self) -> list[float]:
+        """See policy.Slots."""
+        return [slot.back_at for slot in self._taken]
+
+    def request(self, taker: Taker) -> None:
+        """Queue for a slot, behind the other keys of the model; it may be had at once."""
+        self._held.pop(taker, None)
+        self._resting.pop(taker, None)
+        self._waiting[taker] = None
+        self.assign()
+
+    def hold(self, taker: Taker, *, lapses: bool) -> None:
+        """Its rows wait although a slot is at hand. `lapses`: ask it again as soon as a slot is taken or freed."""
+        (self._held if lapses else self._resting)[taker] = None
+
+    def withdraw(self, taker: Taker) -> None:
+        """Want no slot any more."""
+        self._waiting.pop(taker, None)
+        self._held.pop(taker, None)
+        self._resting.pop(taker, None)
+
+    def assign(self) -> None:
+        """Give free slots to the waiting keys, in turn, until either runs out."""
+        self._is_assign_due = False
+        now = asyncio.get_running_loop().time()
+        while self._waiting:
+            seat = self._choose(now)
+            if seat is None:
+                self._wait_for_pause(now)
+                return
+            taker, _ = self._waiting.popitem(last=False)
+            batch = taker.take(self, now)
+            if batch is not None:
+                taker.dispatch(batch, self._occupy(seat, now + taker.expect_s(batch, seat.replica.address)))
+            if taker.wants_slot:
+                self._waiting[taker] = None
+
+    def release(self, slot: Slot, error: BackendError | None) -> None:
+        """Return a slot; after a failure that may be retried the replica pauses for this model.
+
+        The slot is given away on the loop's next turn: by then a lost batch's rows are back at the head of their queue.
+        """
+        self._taken.remove(slot)
+        slot.seat.in_flight -= 1
+        slot.seat.replica.free()
+        if error is None or not error.may_requeue:
+            slot.seat.failures = 0
+        else:
+            self._pause(slot.seat)
+        self._ask_held_again()
+        if not self._is_assign_due:
+            self._is_assign_due = True
+            asyncio.get_running_loop().call_soon(self.assign)
+
+    def _pause(self, seat: Seat) -> None:
+        """Batches that were lost together are one failure, or the pause would grow with their number."""
+        now = asyncio.get_running_loop().time()
+        if seat.resume_at <= now:
+            seat.failures += 1
+            seat.resume_at = now + pause_s(seat.failures, random.random())  # noqa: S311 (spreads, guards nothing)
+
+    def _occupy(self, seat: Seat, back_at: float) -> Slot:
+        slot = Slot(self, seat, back_at)
+        self._taken.add(slot)
+        seat.in_flight += 1
+        seat.replica.reserve()
+        self._ask_held_again()
+        return slot
+
+    def _ask_held_again(self) -> None:
+        self._waiting.update(self._held)
+        self._held.clear()
+
+    def _choose(self, now: float) -> Seat | None:
+        number = choose([self._load(seat, now) for seat in self._seats])
+        return None if number is None else self._seats[number]
+
+    def _load(self, seat: Seat, now: float) -> Load:
+        has_slot = not self._max_in_flight or seat.in_flight < self._max_in_flight
+        can_take = has_slot and seat.replica.is_ready and seat.resume_at <= now + CLOCK_SLACK_S
+        return Load(seat.in_flight, seat.replica.in_flight, can_take)
+
+    def _wait_for_pause(self, now: float) -> None:
+        resumes = [seat.resume_at for seat in self._seats if seat.resume_at > now + CLOCK_SLACK_S]
+        if self._resume_timer:
+            self._resume_timer.cancel()
+            self._resume_timer = None
+        if resumes:
+            self._resume_timer = asyncio.get_running_loop().call_at(min(resumes), self.assign)
