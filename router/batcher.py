@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from router.core.admission import Admission
 from router.core.batch import split
 from router.core.policy import Hold, Policy, View
 from router.core.queue import KeyQueue
@@ -24,9 +25,6 @@ from router.errors import BackendError, InternalError, ResourceExhausted, Router
 from router.metrics import Metrics
 
 logger = logging.getLogger(__name__)
-
-# What a refused caller is told to wait while the key has no measured batch.
-DEFAULT_RETRY_AFTER_S = 1.0
 
 
 class Batcher:
@@ -56,9 +54,11 @@ class Batcher:
         self._batches = functools.partial(metrics.batches.labels, backend)
         self._loop = asyncio.get_running_loop()
         self._slots: ModelSlots = pool.slots(key.model)
-        # State: what waits; why it waits although a slot was at hand; what is in flight, with its tasks; the timer and
-        # when it rings; whether `_pump` is about to run; what came since it last ran; when the last row came or went.
+        # State: what waits; what a row may expect that arrives; why it waits although a slot was at hand; what is in
+        # flight, with its tasks; the timer and when it rings; whether `_pump` is about to run; what came since it last
+        # ran; when the last row came or went.
         self._queue = queue
+        self._admission = Admission(queue.max_batch_rows)
         self._hold: Hold | None = None
         self._in_flight: dict[Batch, asyncio.Task[None]] = {}
         self._blocks_in_flight = 0
@@ -74,14 +74,24 @@ class Batcher:
     def infer(self, block: Block) -> None:
         """Queue a block; its recipient hears of every row. Raises RouterError when it is refused."""
         try:
+            self._admit(block)
             self._queue.push(block)
         except ResourceExhausted as error:
-            error.retry_after_s = self._policy.service_times.overall.mean_s or DEFAULT_RETRY_AFTER_S
+            error.retry_after_s = error.retry_after_s or self._admission.retry_after_s(block.rows)
             raise
         self._new_blocks += 1
         self._new_rows += block.rows
         if not self._is_pump_due:
             self._pump_soon()
+
+    def _admit(self, block: Block) -> None:
+        """Refuse what cannot be in time. Raises RouterError."""
+        admission, rows, left_s = self._admission, self._queue.rows, block.deadline - block.arrived_at
+        if admission.is_sure(rows + block.rows, left_s):
+            return
+        keys, returns_s = self._slots.waiting_keys, self._slots.returns_s(block.arrived_at)
+        rows_ahead = rows + block.rows - 1 if rows else 0
+        admission.check(rows_ahead, left_s, returns_s, keys)
 
     def discard(self, block: Block) -> None:
         """Forget what waits of a block; rows in flight go on for their neighbours."""
@@ -219,6 +229,7 @@ class Batcher:
     def _answered(self, batch: Batch, answer: BatchAnswer) -> None:
         service_s = answer.answered_at - answer.dispatched_at
         self._policy.completed(answer.replica, batch.rows, service_s, answer.answered_at)
+        self._admission.update(self._policy.service_times, self._slots.usable, self._slots.waiting_keys)
         self._batches("answered").inc()
         self._batch_seconds.observe(service_s)
         for part, offset in split(batch):

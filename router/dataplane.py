@@ -198,6 +198,8 @@ class DataPlane:
     def _count_refusal(self, error: RouterError, rows: int) -> None:
         if isinstance(error, ResourceExhausted):
             self._metrics.refusals.labels(error.reason).inc(rows)
+        elif isinstance(error, DeadlineExceeded):
+            self._metrics.refusals.labels("deadline").inc(rows)
 
     def _new_batcher(self, key: BatchKey) -> Batcher:
         limits = self._settings.limits

@@ -40,7 +40,7 @@ class KeyQueue:
     """
 
     def __init__(self, *, max_batch_rows: int, max_rows: int, budget: Budget) -> None:
-        self._max_batch_rows = max_batch_rows
+        self.max_batch_rows = max_batch_rows
         self._max_rows = max_rows
         self._budget = budget
         # Blocks by arrival, each with its waiting parts by row, never an empty list; None: all of it, never tried. A
@@ -62,7 +62,7 @@ class KeyQueue:
     @property
     def is_full(self) -> bool:
         """Whether a whole batch waits."""
-        return self.rows >= self._max_batch_rows
+        return self.rows >= self.max_batch_rows
 
     @property
     def oldest_at(self) -> float:
@@ -123,7 +123,7 @@ class KeyQueue:
         """Take the rows of the next batch from the head, cutting the last block where the batch is full."""
         waiting = self._waiting
         taken: list[Part] = []
-        room = self._max_batch_rows
+        room = self.max_batch_rows
         nbytes = 0
         while room and waiting:
             block, parts = next(iter(waiting.items()))
@@ -135,7 +135,7 @@ class KeyQueue:
             room -= part.rows
             nbytes += part.rows * block.row_bytes
             taken.append(part)
-        self._count(room - self._max_batch_rows, -nbytes)
+        self._count(room - self.max_batch_rows, -nbytes)
         self._drop_stale()
         return tuple(taken)
 

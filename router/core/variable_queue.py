@@ -19,7 +19,7 @@ class VariableQueue(KeyQueue):
     @property
     def is_full(self) -> bool:
         """Whether a whole batch waits: nothing that comes could still go with it."""
-        return self.rows >= self._max_batch_rows or self.nbytes >= self._max_batch_bytes
+        return self.rows >= self.max_batch_rows or self.nbytes >= self._max_batch_bytes
 
     def push(self, block: Block) -> None:
         """See KeyQueue."""
@@ -41,7 +41,7 @@ class VariableQueue(KeyQueue):
     def pop_batch(self) -> tuple[Part, ...]:
         """See KeyQueue; the last block is cut before the row that does not fit. A row that never fits goes alone."""
         taken: list[Part] = []
-        room, room_bytes = self._max_batch_rows, self._max_batch_bytes
+        room, room_bytes = self.max_batch_rows, self._max_batch_bytes
         while room and self._waiting:
             block, parts = next(iter(self._waiting.items()))
             fitting = _first(parts).rows_within(room_bytes)
@@ -51,7 +51,7 @@ class VariableQueue(KeyQueue):
             room -= part.rows
             room_bytes -= part.nbytes
             taken.append(part)
-        self._count(room - self._max_batch_rows, room_bytes - self._max_batch_bytes)
+        self._count(room - self.max_batch_rows, room_bytes - self._max_batch_bytes)
         self._drop_stale()
         return tuple(taken)
 

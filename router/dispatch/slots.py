@@ -125,6 +125,21 @@ class ModelSlots:
         """See policy.Slots."""
         return [slot.back_at for slot in self._taken]
 
+    @property
+    def usable(self) -> int:
+        """Slots, free or not, on replicas that are there; 0 without a limit."""
+        return self._max_in_flight * sum(seat.replica.is_ready for seat in self._seats)
+
+    @property
+    def waiting_keys(self) -> int:
+        """Keys of the model that have rows waiting."""
+        return len(self._waiting) + len(self._held) + len(self._resting)
+
+    def returns_s(self, now: float) -> list[float]:
+        """Seconds until each usable slot should be free, 0 for those that are, ascending."""
+        busy = sorted(max(slot.back_at - now, 0.0) for slot in self._taken)
+        return [0.0] * max(self.usable - len(busy), 0) + busy
+
     def request(self, taker: Taker) -> None:
         """Queue for a slot, behind the other keys of the model; it may be had at once."""
         self._held.pop(taker, None)

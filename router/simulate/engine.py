@@ -17,11 +17,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from router.core.admission import Admission
 from router.core.balance import Load, choose
 from router.core.policy import Hold, Policy, View
 from router.core.queue import Budget, KeyQueue
 from router.core.types import BatchAnswer, BatchKey, Block, Part
-from router.errors import ResourceExhausted, RouterError
+from router.errors import DeadlineExceeded, ResourceExhausted, RouterError
 
 ServiceTime = Callable[[random.Random, int], float]
 """Seconds that a model takes for so many rows."""
@@ -107,6 +108,7 @@ class _Key:
     key: BatchKey
     queue: KeyQueue
     policy: Policy
+    admission: Admission
     blocks_in_flight: int = 0
     hold: Hold | None = None
     alarm_at: float = math.inf
@@ -220,8 +222,9 @@ class Simulation:
         is_counted = now >= self._setup.warm_up_s
         self.outcome.arrived_rows += is_counted * arrival.rows
         try:
+            self._admit(key, block, now)
             key.queue.push(block)
-        except ResourceExhausted:
+        except (ResourceExhausted, DeadlineExceeded):
             self.outcome.refused_rows += is_counted * arrival.rows
             self._return_caller(block, now)
         else:
@@ -231,14 +234,28 @@ class Simulation:
     def _new_key(self, name: str) -> _Key:
         setup = self._setup
         queue = KeyQueue(max_batch_rows=setup.max_batch_size, max_rows=setup.max_queued_rows, budget=self._budget)
-        key = self._keys[name] = _Key(BatchKey("model", "", name, ()), queue, setup.policy())
+        key = self._keys[name] = _Key(
+            BatchKey("model", "", name, ()), queue, setup.policy(), Admission(setup.max_batch_size)
+        )
         return key
 
     def _return_caller(self, block: Block, now: float) -> None:
         if block.index >= 0:
             self._ask_again(block.index, now)
 
+    @property
+    def _waiting_keys(self) -> int:
+        return len(self._waiting) + len(self._held) + len(self._resting)
+
     # -- as in batcher.py --------------------------------------------------------------------------------------------
+
+    def _admit(self, key: _Key, block: Block, now: float) -> None:
+        rows, left_s = key.queue.rows, block.deadline - now
+        if key.admission.is_sure(rows + block.rows, left_s):
+            return
+        busy = sorted(max(back_at - now, 0.0) for back_at in self._back_at.values())
+        returns_s = [0.0] * (self._setup.slots - self.busy) + busy
+        key.admission.check(rows + block.rows - 1 if rows else 0, left_s, returns_s, self._waiting_keys)
 
     def _pump(self, key: _Key, now: float) -> None:
         key.hold = None
@@ -304,6 +321,7 @@ class Simulation:
         flight.key.blocks_in_flight -= len(flight.parts)
         self._ask_held_again()
         flight.key.policy.completed(str(flight.replica), flight.rows, now - flight.started_at, now)
+        flight.key.admission.update(flight.key.policy.service_times, self._setup.slots, self._waiting_keys)
         self._count(flight, now)
         touched[flight.key] = None
 

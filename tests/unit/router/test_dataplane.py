@@ -505,6 +505,55 @@ async def test_past_the_processs_bound_in_bytes_a_block_is_refused_whatever_its_
         assert plane.count("router_refusals_total", reason="queue_bytes") == 1
 
 
+async def measured(plane: Plane, calls: int) -> None:
+    """Serve full batches one by one until the key's calls are known."""
+    for _ in range(calls):
+        plane.call([1, 2, 3, 4])
+        await asyncio.sleep(5)
+        await settle()
+
+
+async def test_whoever_would_be_late_behind_the_rows_ahead_is_refused_on_arrival_and_told_when_to_return() -> None:
+    async with plane_of(FakeBackend(service_s=5.0)) as plane:
+        await measured(plane, 20)
+        running, waiting = plane.call([1, 2, 3, 4]), plane.call([1, 2, 3, 4])
+        await asyncio.sleep(1)
+        in_time, late = plane.call([5], timeout_s=14.1), plane.call([6], timeout_s=13.9)
+        error = late.reply.failures[0, 0]
+        assert isinstance(error, ResourceExhausted)
+        assert error.message == "5 rows wait ahead: about 14 s, 13.9 s are left"
+        assert error.retry_after_s == pytest.approx(0.1)
+        assert plane.count("router_refusals_total", reason="estimated_wait") == 1
+        await asyncio.sleep(14)
+        await settle()
+        assert [one.reply.failures for one in (running, waiting, in_time)] == [{}, {}, {}]
+        assert in_time.values == [10]
+
+
+async def test_whoever_has_less_time_than_any_call_takes_is_refused_on_arrival() -> None:
+    async with plane_of(FakeBackend(service_s=5.0)) as plane:
+        await measured(plane, 19)
+        taken = plane.call([1], timeout_s=4.9)
+        await asyncio.sleep(5)
+        assert isinstance(taken.reply.closed_by, DeadlineExceeded)
+        await measured(plane, 1)
+        refused = plane.call([1], timeout_s=4.9)
+        assert isinstance(refused.reply.failures[0, 0], DeadlineExceeded)
+        assert plane.count("router_refusals_total", reason="deadline") == 1
+        assert "0 open calls" in repr(plane.plane)
+
+
+async def test_past_the_queues_bound_the_time_to_retry_follows_from_the_drain_rate() -> None:
+    async with plane_of(FakeBackend(service_s=5.0), limits={"max_queued_rows": 4}) as plane:
+        await measured(plane, 1)
+        plane.call([1, 2, 3, 4])
+        await settle()
+        plane.call([1, 2, 3])
+        error = plane.call([4, 5]).reply.failures[0, 0]
+        assert isinstance(error, ResourceExhausted)
+        assert (error.reason, error.retry_after_s) == ("queue_rows", 2.5)  # two rows at four in 5 s
+
+
 async def test_past_the_bound_of_keys_a_new_key_is_refused_until_an_idle_one_is_forgotten() -> None:
     backend = FakeBackend(service_s=1.0)
     async with plane_of(backend, limits={"max_keys": 2, "key_idle_s": 600}) as plane:

@@ -1,0 +1,102 @@
+"""Refuse on arrival what cannot be answered in time, instead of letting it wait, run and be late.
+
+Theory of operation. Past its capacity a router can only choose whom to disappoint. One that takes everything and drops
+what has expired spends its slots on rows that are late by the time they are answered: of a model that is asked for ten
+times of what it can do, 2-6 % come in time. One that refuses on arrival whoever would not make it keeps the queue as
+short as its callers' patience, and nearly every answer counts.
+
+A row that arrives goes with batch number k = rows_ahead // B, not counting from one, and batches take the slots as
+these come back: t1 <= t2 <= ... from now, 0 for a free one, and each again after S(B). Keys of one model take turns, a
+batch a turn, so with K keys that wait it is the model's batch number k K. Of R slots that is
+
+    wait = t[k K mod R] + (k K div R) * S(B)
+
+For example, 130 rows ahead, 64 in a batch, four slots that come back after 1, 2, 3 and 4 s: with the third batch,
+after 3 s. (The mean drain rate, R B / S(B), would say 2.5 s at S = 5 s; slots that come back together make it wrong by
+up to S, and a twentieth of all rows would be taken in vain.) Then its own call takes up to S_p90. So with the time
+that is left until its deadline:
+
+* less than S_min, the shortest call of late: nobody can do it; DEADLINE_EXCEEDED at once.
+* nothing ahead: taken. To serve it costs nobody a seat.
+* wait + S_p90 is more: RESOURCE_EXHAUSTED, with the time after which so much of the queue will be gone that the same
+  row would be taken. Nobody who comes meanwhile is foreseen, so it is the earliest time, not a promise.
+
+Nothing of this before `service_time.MIN_CALLS` calls. Without a limit of slots nothing ever waits, and without a
+replica nothing is known: then only the bounds in rows and bytes hold, which the queue keeps.
+"""
+
+import math
+from collections.abc import Sequence
+
+from router.core.service_time import ServiceTimes
+from router.errors import DeadlineExceeded, ResourceExhausted
+
+# What a refused caller is told to wait while nothing was measured.
+DEFAULT_RETRY_AFTER_S = 1.0
+# Sooner is not worth saying, and nobody knows what will be later.
+MIN_RETRY_AFTER_S = 0.01
+MAX_RETRY_AFTER_S = 60.0
+
+
+class Admission:
+    """What one key knows of the time that a row spends here.
+
+    batch_rows: of a full batch.
+    """
+
+    __slots__ = ("_batch_rows", "_row_s", "_service_s", "least_s", "p90_s")
+
+    def __init__(self, batch_rows: int) -> None:
+        self._batch_rows = batch_rows
+        # State: S of a full batch; seconds that a row ahead costs on the average (0: unknown); S_min, before which no
+        # answer is there, and S_p90 of a full batch, when most are (0 while too little was measured).
+        self._service_s = self._row_s = 0.0
+        self.least_s = self.p90_s = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Admission {self._row_s:.4g} s per row ahead, then {self.p90_s:.4g} s>"
+
+    def update(self, times: ServiceTimes, slots: int, keys: int) -> None:
+        """The model has `slots` on replicas that are there (0: none, or no limit), for which `keys` wait."""
+        line, rows = times.overall, self._batch_rows
+        self._service_s = line.predict(rows)
+        self._row_s = max(keys, 1) * self._service_s / (slots * rows) if slots else 0.0
+        if times.is_settled:
+            self.p90_s = line.predict_p90(rows)
+            self.least_s = line.min_s
+
+    def is_sure(self, rows: int, left_s: float) -> bool:
+        """Whether they would be in time as the last of all `rows`, however slots come back. Costs 0.1 us."""
+        return rows * self._row_s + self._service_s + self.p90_s <= left_s
+
+    def check(self, rows_ahead: int, left_s: float, returns_s: Sequence[float], keys: int) -> None:
+        """Take or refuse rows behind `rows_ahead` others that have `left_s` until their deadline.
+
+        returns_s: when each slot of the model will be free, seconds from now, ascending, 0 for those that are; `keys`
+        wait for them.
+
+        Raises:
+            DeadlineExceeded: no call of late was as short as that.
+            ResourceExhausted: by now too many wait.
+        """
+        if left_s < self.least_s:
+            raise DeadlineExceeded(f"the model takes {self.least_s:.3g} s at least, {max(left_s, 0):.3g} s are left")
+        if not rows_ahead or not self.p90_s or not returns_s:
+            return
+        wait_s = self._wait_s(rows_ahead, returns_s, keys)
+        late_s = wait_s + self.p90_s - left_s
+        if late_s > 0:
+            message = f"{rows_ahead} rows wait ahead: about {wait_s + self.p90_s:.3g} s, {left_s:.3g} s are left"
+            raise ResourceExhausted(message, reason="estimated_wait", retry_after_s=_clamp(min(late_s, wait_s)))
+
+    def _wait_s(self, rows_ahead: int, returns_s: Sequence[float], keys: int) -> float:
+        rounds, slot = divmod(rows_ahead // self._batch_rows * max(keys, 1), len(returns_s))
+        return returns_s[slot] + rounds * self._service_s
+
+    def retry_after_s(self, rows: int) -> float:
+        """When so many rows will have left the queue."""
+        return _clamp(rows * self._row_s) if self._row_s else DEFAULT_RETRY_AFTER_S
+
+
+def _clamp(seconds: float) -> float:
+    return min(max(seconds, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S) if math.isfinite(seconds) else MAX_RETRY_AFTER_S
