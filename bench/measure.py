@@ -61,7 +61,7 @@ class _Watch:
         servers = {
             "router": system.router,
             "gateway": system.gateway,
-            "mock": system.mock,
+            **{f"mock {number}": mock for number, mock in enumerate(system.mocks)},
             "database": system.database,
         }
         self._programs = {name: program for name, program in servers.items() if program is not None}
@@ -92,6 +92,12 @@ class _Watch:
         return {name: program.usage() for name, program in self._programs.items()}
 
 
+def _sum(busy: Mapping[str, float], names: str) -> float | None:
+    """Of all programs whose name begins so."""
+    found = [value for name, value in busy.items() if name.startswith(names)]
+    return sum(found) if found else None
+
+
 def _figures(
     case: Case,
     group: Group,
@@ -111,7 +117,7 @@ def _figures(
         p99_ms=percentile_ms(latencies_us, 99),
         router_us_per_vector=us_per_vector(busy.get("router"), vectors_per_s),
         gateway_us_per_vector=us_per_vector(busy.get("gateway"), vectors_per_s),
-        mock_us_per_vector=us_per_vector(busy.get("mock"), vectors_per_s),
+        mock_us_per_vector=us_per_vector(_sum(busy, "mock"), vectors_per_s),
         database_us_per_vector=us_per_vector(busy.get("database"), vectors_per_s),
         batch_rows=_mean_batch_rows(before.batches, after.batches),
         router_rss_mb=rss_mb.get("router"),

@@ -12,9 +12,11 @@ from bench.workloads import CLAIM, CLAIM_FINISH, HELD, JOBS_PER_CLAIM, PAGE, S1,
 
 CALLERS = (1, 16, 64, 256)
 ALL_SYSTEMS = ("echo", "unary", "stream", "rest")
-ALL_GROUPS = ("zero", "lone", "slot", "held", "jobs")
+ALL_GROUPS = ("zero", "lone", "slot", "full", "held", "jobs")
 LONE_PAUSE_S = 0.01
 SLOT_CALLERS = 64
+FULL_CALLERS = 512
+FULL_REPLICAS = 4
 SLOT_SECONDS = 3  # as many times as long as the others: a batch takes 50 ms
 DATABASES = ("sqlite", "postgresql")
 JOB_CALLERS = 256
@@ -33,12 +35,14 @@ START_S = 1.0  # of one system, roughly
 class Setting:
     """What the systems are told: seconds the model takes per batch, slots, the longest hold. Batches of 64 rows.
 
-    `job_rows`: finished jobs in the databases of which the store is asked.
+    `replicas`: of the model, with `max_in_flight` slots each. `job_rows`: finished jobs in the databases of which the
+    store is asked.
     """
 
     latency_s: float = 0.0
     max_in_flight: int = 4
     max_queue_delay_s: float = 0.002
+    replicas: int = 1
     job_rows: int = 0
 
 
@@ -141,7 +145,7 @@ QUICK = Extent(rounds=1, warm_s=0.2, seconds=0.5, held_turns=1, job_rows=100_000
 
 def make_plan(extent: Extent) -> list[Group]:
     """The groups that are wanted."""
-    groups = (_zero(extent), _lone(extent), _slot(extent), _held(extent), _jobs(extent))
+    groups = (_zero(extent), _lone(extent), _slot(extent), _full(extent), _held(extent), _jobs(extent))
     return [group for group in groups if group.name in extent.groups]
 
 
@@ -175,6 +179,14 @@ def _slot(extent: Extent) -> Group:
     ]
     title = "One 50 ms slot, closed loop (ceiling 1,280 vectors/s)"
     return Group("slot", title, setting, cases, extent.rounds, 1.0, SLOT_SECONDS * extent.seconds, tail_s=0.1)
+
+
+def _full(extent: Extent) -> Group:
+    """More callers than seats: no slot should ever be idle, no batch less than full."""
+    setting = Setting(latency_s=0.05, max_in_flight=1, replicas=FULL_REPLICAS)
+    cases = [Case("stream", S1.name, FULL_CALLERS)]
+    title = f"{FULL_REPLICAS} replicas with a 50 ms slot each, more callers than seats (ceiling 5,120 vectors/s)"
+    return Group("full", title, setting, cases, extent.rounds, 1.0, SLOT_SECONDS * extent.seconds, tail_s=0.2)
 
 
 def _held(extent: Extent) -> Group:

@@ -16,7 +16,7 @@ import json
 import os
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +63,7 @@ class System:
     address: str
     router: Program | None = None
     gateway: Program | None = None
-    mock: Program | None = None
+    mocks: Sequence[Program] = ()
     metrics_url: str = ""
     database: Program | None = None
 
@@ -108,20 +108,18 @@ class Launcher:
             return System(WAYS[name], await _address(echo), echo)
         if WAYS[name] == "store":
             return await self._start_store(name, setting)
-        mock = await self.start(
-            f"mock of {name}", "mock_nn", "--listen", ANY_PORT, "--latency", f"{setting.latency_s:g}", "--quiet"
-        )
-        router = await self._start_router(name, setting, await _address(mock))
+        mocks = [await self._start_mock(name, setting) for _ in range(setting.replicas)]
+        router = await self._start_router(name, setting, [await _address(mock) for mock in mocks])
         metrics_url = (await router.wait_for(r"metrics on (\S+)"))[1]
         address = await _address(router)
         if WAYS[name] not in ("rest", "submit"):
-            return System(WAYS[name], address, router, mock=mock, metrics_url=metrics_url)
+            return System(WAYS[name], address, router, mocks=mocks, metrics_url=metrics_url)
         database = {"DATABASE_URL": await self._new_database(name)} if WAYS[name] == "submit" else {}
         gateway = await self.start(
             f"gateway of {name}", "rest_gateway", GATEWAY_LISTEN=ANY_PORT, GATEWAY_ROUTER=address, **database
         )
         return System(
-            WAYS[name], await _address(gateway), router, gateway, mock, metrics_url, self._database_program(name)
+            WAYS[name], await _address(gateway), router, gateway, mocks, metrics_url, self._database_program(name)
         )
 
     async def _start_store(self, name: str, setting: Setting) -> System:
@@ -159,9 +157,13 @@ class Launcher:
             )
         )
 
-    async def _start_router(self, name: str, setting: Setting, mock_address: str) -> Program:
+    async def _start_mock(self, name: str, setting: Setting) -> Program:
+        flags = ("--listen", ANY_PORT, "--latency", f"{setting.latency_s:g}", "--quiet")
+        return await self.start(f"mock of {name}", "mock_nn", *flags)
+
+    async def _start_router(self, name: str, setting: Setting, mock_addresses: Sequence[str]) -> Program:
         config = {
-            "backends": {"mock": {"addresses": [mock_address], "max_in_flight": setting.max_in_flight}},
+            "backends": {"mock": {"addresses": mock_addresses, "max_in_flight": setting.max_in_flight}},
             "models": [{"backend": "mock", "max_batch_size": 64, "max_queue_delay_s": setting.max_queue_delay_s}],
         }
         path = self.directory / f"{name}.yaml"

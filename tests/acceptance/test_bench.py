@@ -61,7 +61,7 @@ def programs_in(scratch: pathlib.Path) -> list[str]:
 
 
 def test_every_case_is_measured_printed_and_written_and_nothing_stays(tmp_path: pathlib.Path) -> None:
-    with bench(tmp_path, "--groups", "zero,lone,slot,held") as run:
+    with bench(tmp_path, "--groups", "zero,lone,slot,full,held") as run:
         printed, progress = run.communicate(timeout=100)
     assert run.returncode == 0, progress
     assert "left: zero: starting echo, unary, stream, rest" in progress
@@ -82,6 +82,7 @@ def test_every_case_is_measured_printed_and_written_and_nothing_stays(tmp_path: 
         *(("zero", system, workload, 1) for system in SYSTEMS for workload in ("S1", "S2")),
         *(("lone", system, "S1", 1) for system in SYSTEMS),
         *(("slot", system, "S1", 64) for system in ("unary", "stream")),
+        ("full", "stream", "S1", 512),
         ("held", "stream", "held", 200),
     }
     answered = {name: median for name, median in cases.items() if median["requests_per_s"] > 0}
@@ -172,7 +173,7 @@ def test_a_bad_argument_is_refused_before_anything_starts(tmp_path: pathlib.Path
     with bench(tmp_path, "--groups", "zero,fast") as run:
         _, errors = run.communicate(timeout=30)
     assert run.returncode == 2
-    assert "no group fast; there are zero, lone, slot, held, jobs" in errors
+    assert "no group fast; there are zero, lone, slot, full, held, jobs" in errors
 
 
 @pytest.mark.anyio

@@ -91,7 +91,13 @@ def test_the_document_has_surroundings_settings_cases_rounds_and_medians() -> No
     content = json.loads(json.dumps(document([found], {"command": "python -m bench"})))
     assert content["command"] == "python -m bench"
     [zero] = content["groups"]
-    assert zero["setting"] == {"latency_s": 0.0, "max_in_flight": 4, "max_queue_delay_s": 0.002, "job_rows": 0}
+    assert zero["setting"] == {
+        "latency_s": 0.0,
+        "max_in_flight": 4,
+        "max_queue_delay_s": 0.002,
+        "replicas": 1,
+        "job_rows": 0,
+    }
     [case] = zero["cases"]
     assert (case["system"], case["workload"], case["callers"], case["agents"]) == ("unary", "S2", 16, 16)
     assert [one["requests_per_s"] for one in case["rounds"]] == [10, 30]
