@@ -1,7 +1,7 @@
 """What any process does for the jobs of all: takes them from workers that are gone, ends them in time, deletes them.
 
 Must not know what this process runs itself. After a time without the database every lease may be over, of workers that
-live and of those that do not; they get `MENDING_S` to renew theirs before anybody here reaps.
+live and of those that do not: how long they get to renew theirs, the store decides.
 """
 
 import logging
@@ -9,13 +9,12 @@ from collections.abc import Callable
 from uuid import UUID
 
 from rest_gateway.jobs.loops import Loops
-from rest_gateway.jobs.records import JobStore, StoreUnavailable
+from rest_gateway.jobs.records import JobStore
 from rest_gateway.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 REAP_S = 1.0
-MENDING_S = 2.0
 PURGE_S = 60.0
 PURGE_ROWS = 1000
 PURGE_PAUSE_S = 0.05
@@ -44,8 +43,6 @@ class Housekeeping:
         self._retention_s = retention_s
         self._on_change = on_change
         self._on_arrival = on_arrival
-        # Whether the database was away when it was time to reap.
-        self._has_missed = False
 
     def start(self) -> None:
         """Starts the loops."""
@@ -54,15 +51,7 @@ class Housekeeping:
         self._loops.start("gauge", self._gauge)
 
     async def _reap(self) -> float:
-        if self._has_missed:
-            await self._loops.ask(self._store.ping())
-            self._has_missed = False
-            return MENDING_S
-        try:
-            reaped = await self._loops.ask(self._store.reap())
-        except StoreUnavailable:
-            self._has_missed = True
-            raise
+        reaped = await self._loops.ask(self._store.reap())
         for ids, status, why in (
             (reaped.lost, "pending", "its worker let the lease run out"),
             (reaped.abandoned, "failed", "its workers let the lease run out too often"),

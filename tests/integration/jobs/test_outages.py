@@ -92,6 +92,25 @@ async def test_every_call_fails_while_it_is_down_and_works_when_it_is_back(
     assert await store.finish([completed(claimed)]) == {claimed.id}
 
 
+async def test_after_an_outage_workers_get_time_to_renew_before_their_jobs_are_lost(durable: Postgres) -> None:
+    """All leases are over by then, of the living, too."""
+    url = durable.create_database(f"outage_{next(_numbers)}")
+    async with opened(url, lease_s=1.0) as store:
+        job = await submit(store)
+        claimed = await claim_one(store)
+        durable.stop_immediately()
+        with pytest.raises(StoreUnavailable):
+            await store.renew("w", held([claimed]))
+        await asyncio.sleep(1.0)  # the lease, by the database's clock
+        durable.start()
+        assert (await store.reap()).lost == []
+        returned_s = time.monotonic()
+        while not (reaped := await store.reap()).lost:
+            pass
+        assert time.monotonic() - returned_s > 0.4
+        assert reaped.lost == [job.id]
+
+
 async def test_what_was_acknowledged_survives_immediate_restarts_under_load(
     durable: Postgres, store: SqlJobStore
 ) -> None:

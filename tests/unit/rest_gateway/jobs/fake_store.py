@@ -6,6 +6,7 @@ Its clock is the loop's. `calls` counts the calls of each method.
 import asyncio
 import datetime as dt
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -53,7 +54,8 @@ class FakeStore:
         self.rows: dict[UUID, Row] = {}
         self.calls: Counter[str] = Counter()
         self.history: dict[UUID, list[Status]] = {}
-        self.is_away = False
+        self._is_away = False
+        self._returned_s = -math.inf
         self.bug: Exception | None = None
         # Methods for which the database is away; a result (None: any) that cannot be written for a job.
         self.broken: set[str] = set()
@@ -65,6 +67,15 @@ class FakeStore:
         self.entered: dict[str, asyncio.Event] = {}
 
     # What a test does
+
+    @property
+    def is_away(self) -> bool:
+        """Whether nobody can reach the database."""
+        return self._is_away
+
+    @is_away.setter
+    def is_away(self, is_away: bool) -> None:
+        self._is_away, self._returned_s = is_away, now_s()
 
     def close_gate(self, method: str) -> asyncio.Event:
         """Calls of the method hang, after they have done their work, until the event is set."""
@@ -171,12 +182,13 @@ class FakeStore:
     async def reap(self) -> Reaped:
         await self._enter("reap")
         lost, abandoned, expired = list[UUID](), list[UUID](), list[UUID]()
+        may_lose = now_s() >= self._returned_s + self._lease_s / 2
         for job_id, row in self.rows.items():
             if row.job.status in LIVE and now_s() >= row.deadline_s:
                 expired.append(job_id)
                 error = JobError("DEADLINE_EXCEEDED", f"the job's time is over: {row.reason}")
                 self.change(job_id, "failed", error=error)
-            elif row.job.status == "processing" and now_s() >= row.lease_s:
+            elif may_lose and row.job.status == "processing" and now_s() >= row.lease_s:
                 row.lost += 1
                 (abandoned if row.lost >= 5 else lost).append(job_id)
                 self.change(job_id, "failed" if row.lost >= 5 else "pending", started_at=None)
