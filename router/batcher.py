@@ -169,7 +169,7 @@ class Batcher:
             self._set_alarm()
             slots.hold(self, lapses=self._hold.lapses_with_slots)
             return None
-        parts = self._queue.pop_batch()
+        parts = self._queue.pop_batch(now)
         return Batch(self._next_batch_id(), self._key, parts, sum(part.rows for part in parts), now)
 
     def _view(self, slots: ModelSlots) -> View:

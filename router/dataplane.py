@@ -16,8 +16,8 @@ from typing import Protocol
 
 from router.batcher import Batcher
 from router.config import Settings
+from router.core.budget import Budget
 from router.core.policy import choose_policy
-from router.core.queue import Budget
 from router.core.types import BatchAnswer, BatchKey, Block, Part
 from router.core.variable_queue import make_queue
 from router.dispatch.pool import ReplicaPool

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from router.core.balance import Load, choose
+from router.core.budget import Budget
 from router.core.policy import Hold, Policy, View
-from router.core.queue import Budget, KeyQueue
+from router.core.queue import KeyQueue
 from router.core.types import BatchAnswer, BatchKey, Block, Part
 from router.errors import ResourceExhausted, RouterError
 
@@ -230,7 +231,9 @@ class Simulation:
 
     def _new_key(self, name: str) -> _Key:
         setup = self._setup
-        queue = KeyQueue(max_batch_rows=setup.max_batch_size, max_rows=setup.max_queued_rows, budget=self._budget)
+        queue = KeyQueue(
+            max_batch_rows=setup.max_batch_size, max_rows=setup.max_queued_rows, row_bytes=0, budget=self._budget
+        )
         key = self._keys[name] = _Key(BatchKey("model", "", name, ()), queue, setup.policy())
         return key
 
@@ -269,7 +272,7 @@ class Simulation:
         view = View(queue.blocks, queue.rows, queue.oldest_at, queue.wake_at, queue.is_full, key.blocks_in_flight, self)
         key.hold = key.policy.hold(view, now)
         if key.hold is None:
-            return queue.pop_batch()
+            return queue.pop_batch(now)
         self._set_alarm(key)
         (self._held if key.hold.lapses_with_slots else self._resting)[key] = None
         return ()
