@@ -121,6 +121,41 @@ def test_requeued_rows_expire_too() -> None:
     assert queue.pop_expired(6.0) == [block]
 
 
+def test_rows_are_infeasible_from_the_moment_on_that_a_call_would_end_at_their_deadline() -> None:
+    queue = make_queue()
+    late, early = make_block(1, 2, deadline=10.0), make_block(3, 4, deadline=5.0)
+    queue.push(late)
+    queue.push(early)
+    assert queue.pop_infeasible(math.nextafter(3.0, 0), 2.0) == []
+    parts = queue.pop_infeasible(3.0, 2.0)
+    assert [(part.block, part.first, part.rows) for part in parts] == [(early, 0, 2)]
+    assert (queue.rows, queue.wake_at) == (2, 10.0)
+
+
+def test_of_infeasible_rows_so_many_are_taken_as_asked_for_the_most_urgent_block_first_and_of_a_block_its_end() -> None:
+    queue = make_queue()
+    late, early = make_block(1, 2, 3, deadline=10.0), make_block(4, 5, deadline=5.0)
+    queue.push(late)
+    queue.push(early)
+    assert queue.pop_infeasible(9.0, 2.0, most=0) == []
+    parts = queue.pop_infeasible(9.0, 2.0, most=3)
+    assert [(part.block, part.first, part.rows) for part in parts] == [(early, 0, 2), (late, 2, 1)]
+    assert queue.wake_at == 10.0
+    assert values_of(queue.pop_batch(0.0)) == [1, 2]
+
+
+def test_infeasible_rows_of_a_block_that_came_back_in_pieces_are_found_in_all_of_them() -> None:
+    queue = make_queue(max_batch_rows=2)
+    block = make_block(1, 2, 3, 4, 5, deadline=5.0)
+    queue.push(block)
+    first, _, third = queue.pop_batch(0.0), queue.pop_batch(0.0), queue.pop_batch(0.0)
+    queue.requeue(first)
+    queue.requeue(third)
+    parts = queue.pop_infeasible(4.0, 2.0)
+    assert [(part.first, part.rows) for part in parts] == [(0, 2), (4, 1)]
+    assert repr(queue) == "<KeyQueue 0 rows in 0 blocks>"
+
+
 def test_the_bound_in_rows_refuses_one_row_past_it_and_takes_nothing() -> None:
     queue = make_queue(max_rows=5)
     queue.push(make_block(1, 2, 3))

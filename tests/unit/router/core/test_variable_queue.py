@@ -100,6 +100,20 @@ def test_a_cut_block_that_is_discarded_gives_back_only_what_still_waited() -> No
     assert queue.nbytes == 0
 
 
+def test_infeasible_texts_give_their_bytes_back() -> None:
+    queue = make()
+    queue.push(make_texts("a", "bb", "ccc", deadline=5.0))
+    assert texts_of(tuple(queue.pop_infeasible(4.0, 1.0, most=2))) == ["bb", "ccc"]
+    assert (queue.rows, queue.nbytes) == (1, 5)
+
+
+@pytest.mark.parametrize(("width", "seats"), [(6, 4), (16, 2), (36, 1), (96, 1)])
+def test_a_batch_has_as_many_seats_as_rows_of_the_common_width_fit(width: int, seats: int) -> None:
+    queue = make(max_batch_rows=4, max_batch_bytes=40)
+    queue.push(make_texts(*["x" * width] * 3))
+    assert queue.seats == seats
+
+
 def test_requeued_rows_keep_their_texts_and_count_their_attempts() -> None:
     queue = make(max_batch_rows=2)
     queue.push(make_texts("a", "bb", "ccc"))
