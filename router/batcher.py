@@ -21,7 +21,7 @@ from router.core.retry import judge
 from router.core.types import Batch, BatchAnswer, BatchKey, Block, Part
 from router.dispatch.pool import ReplicaPool
 from router.dispatch.slots import CLOCK_SLACK_S, ModelSlots, Slot
-from router.errors import BackendError, InternalError, ResourceExhausted, RouterError, Unavailable
+from router.errors import BackendError, DeadlineExceeded, InternalError, ResourceExhausted, RouterError, Unavailable
 from router.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Batcher:
         # flight, with its tasks; the timer and when it rings; whether `_pump` is about to run; what came since it last
         # ran; when the last row came or went.
         self._queue = queue
-        self._admission = Admission(queue.max_batch_rows)
+        self._admission = Admission(queue.seats)
         self._hold: Hold | None = None
         self._in_flight: dict[Batch, asyncio.Task[None]] = {}
         self._blocks_in_flight = 0
@@ -90,8 +90,8 @@ class Batcher:
         if admission.is_sure(rows + block.rows, left_s):
             return
         keys, returns_s = self._slots.waiting_keys, self._slots.returns_s(block.arrived_at)
-        rows_ahead = rows + block.rows - 1 if rows else 0
-        admission.check(rows_ahead, left_s, returns_s, keys)
+        ahead = self._queue.rows_ahead(block.tenant, block.is_batch_class, block.rows) if rows else 0
+        admission.check(ahead + block.rows - 1 if ahead else 0, left_s, returns_s, keys)
 
     def discard(self, block: Block) -> None:
         """Forget what waits of a block; rows in flight go on for their neighbours."""
@@ -143,13 +143,37 @@ class Batcher:
             self._new_blocks = self._new_rows = 0
 
     def _expire(self, now: float) -> None:
-        """A call has one deadline, so the first of its rows that is found late ends all of it, here and elsewhere."""
+        """Answer the rows that cannot make it any more.
+
+        A call has one deadline, so the first of its rows that is found late ends all of it, here and elsewhere. Rows
+        that no call of the key was ever fast enough for fail alone: others of their call may be faster.
+        """
         for block in self._queue.pop_expired(now + CLOCK_SLACK_S):
             block.recipient.expire()
+        least_s = self._policy.service_times.least_s
+        if least_s:
+            self._give_up(self._queue.pop_infeasible(now + CLOCK_SLACK_S, least_s), "at least", least_s, now)
+
+    def _yield_seats(self, slots: ModelSlots, now: float) -> None:
+        """With more rows than seats those that will probably be late leave theirs to others, as far as there are any.
+
+        Slots without limit have a seat for everybody, and count none that is free.
+        """
+        queue = self._queue
+        likely_s = self._policy.service_times.likely_s(queue.seats) if queue.rows > queue.seats else 0.0
+        if likely_s and queue.wake_at - likely_s <= now + CLOCK_SLACK_S and (free := slots.count_free(now)) > 0:
+            parts = queue.pop_infeasible(now + CLOCK_SLACK_S, likely_s, queue.rows - free * queue.seats)
+            self._give_up(parts, "nine times out of ten up to", likely_s, now)
+
+    def _give_up(self, parts: Iterable[Part], how: str, service_s: float, now: float) -> None:
+        for part in parts:
+            left_s = max(part.block.deadline - now, 0.0)
+            message = f"{left_s:.3g} s are left to the deadline, and a call takes {how} {service_s:.3g} s"
+            _fail((part,), DeadlineExceeded(message))
 
     def _set_alarm(self) -> None:
-        """Ring at the next deadline or at the end of the hold; an alarm that is early enough already stays."""
-        at = min(self._queue.wake_at, self._hold.until if self._hold else math.inf)
+        """Ring when a row becomes infeasible or the hold ends; an alarm that is early enough already stays."""
+        at = min(self._queue.wake_at - self._policy.service_times.least_s, self._hold.until if self._hold else math.inf)
         if at < self._timer_at:
             if self._timer:
                 self._timer.cancel()
@@ -171,6 +195,7 @@ class Batcher:
     def take(self, slots: ModelSlots, now: float) -> Batch | None:
         """See slots.Taker. Late rows are answered first, so none is dispatched."""
         self._expire(now)
+        self._yield_seats(slots, now)
         self._hold = None
         if not self._queue.rows:
             return None
@@ -179,7 +204,7 @@ class Batcher:
             self._set_alarm()
             slots.hold(self, lapses=self._hold.lapses_with_slots)
             return None
-        parts = self._queue.pop_batch()
+        parts = self._queue.pop_batch(now)
         return Batch(self._next_batch_id(), self._key, parts, sum(part.rows for part in parts), now)
 
     def _view(self, slots: ModelSlots) -> View:

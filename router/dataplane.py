@@ -16,8 +16,8 @@ from typing import Protocol
 
 from router.batcher import Batcher
 from router.config import Settings
+from router.core.budget import Budget
 from router.core.policy import choose_policy
-from router.core.queue import Budget
 from router.core.types import BatchAnswer, BatchKey, Block, Part
 from router.core.variable_queue import make_queue
 from router.dispatch.pool import ReplicaPool
@@ -134,7 +134,13 @@ class DataPlane:
         self._next_batch_id = lambda: f"{prefix}-{next(ids)}"
         # State: a batcher per live key; what all queues hold; the open calls; whether new ones are refused.
         self._batchers: dict[BatchKey, Batcher] = {}
-        self._budget = Budget(settings.limits.max_queued_bytes)
+        limits = settings.limits
+        self._budget = Budget(
+            limits.max_queued_bytes,
+            max_rows=limits.max_process_rows,
+            max_tenant_rows=limits.max_tenant_rows,
+            max_tenant_bytes=limits.max_tenant_bytes,
+        )
         self._open: set[Call] = set()
         self._is_refusing = False
         self._all_closed = asyncio.Event()
@@ -218,6 +224,9 @@ class DataPlane:
                 max_batch_bytes=model.max_batch_bytes,
                 max_rows=limits.max_queued_rows,
                 budget=self._budget,
+                max_bytes=limits.max_key_bytes,
+                weights=self._settings.tenant_weights,
+                patience_s=model.batch_class_patience_s,
             ),
             policy=choose_policy(backend.max_in_flight, model.max_queue_delay_s),
             pool=self._pools[model.backend],

@@ -61,9 +61,8 @@ class Admission:
         line, rows = times.overall, self._batch_rows
         self._service_s = line.predict(rows)
         self._row_s = max(keys, 1) * self._service_s / (slots * rows) if slots else 0.0
-        if times.is_settled:
-            self.p90_s = line.predict_p90(rows)
-            self.least_s = line.min_s
+        self.p90_s = times.likely_s(rows)
+        self.least_s = times.least_s
 
     def is_sure(self, rows: int, left_s: float) -> bool:
         """Whether they would be in time as the last of all `rows`, however slots come back. Costs 0.1 us."""
@@ -80,7 +79,8 @@ class Admission:
             ResourceExhausted: by now too many wait.
         """
         if left_s < self.least_s:
-            raise DeadlineExceeded(f"the model takes {self.least_s:.3g} s at least, {max(left_s, 0):.3g} s are left")
+            left = f"{max(left_s, 0.0):.3g} s are left to the deadline"
+            raise DeadlineExceeded(f"{left}, and a call takes at least {self.least_s:.3g} s")
         if not rows_ahead or not self.p90_s or not returns_s:
             return
         wait_s = self._wait_s(rows_ahead, returns_s, keys)
