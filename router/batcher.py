@@ -52,6 +52,8 @@ class Batcher:
         self._batch_seconds = metrics.batch_seconds.labels(backend)
         self._requeued_rows = metrics.requeued_rows.labels(backend)
         self._batches = functools.partial(metrics.batches.labels, backend)
+        # Told of every batch that is sent.
+        self.on_dispatch: Callable[[Batch], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._slots: ModelSlots = pool.slots(key.model)
         # State: what waits; what a row may expect that arrives; why it waits although a slot was at hand; what is in
@@ -98,15 +100,25 @@ class Batcher:
         if self._queue.discard(block) and not self._queue.rows:
             self._slots.withdraw(self)
 
+    def keep(self, block: Block, runs: Sequence[tuple[int, int]]) -> None:
+        """Forget what waits of a block but these runs of rows."""
+        self._queue.keep(block, runs)
+        if not self._queue.rows:
+            self._slots.withdraw(self)
+
     def is_idle_since(self, then: float) -> bool:
         """Whether no row waited or flew since `then`."""
         return not self._queue.rows and not self._in_flight and self._last_used < then
 
-    async def aclose(self) -> None:
-        """End what is in flight, without answers."""
+    def stop(self) -> None:
+        """Ring no more; nothing waits here, or nobody waits for it."""
         self._slots.withdraw(self)
         if self._timer:
             self._timer.cancel()
+
+    async def aclose(self) -> None:
+        """End what is in flight, without answers."""
+        self.stop()
         tasks = list(self._in_flight.values())
         for task in tasks:
             task.cancel()
@@ -202,6 +214,8 @@ class Batcher:
         """See slots.Taker."""
         self._batch_rows.observe(batch.rows)
         self._blocks_in_flight += len(batch.parts)
+        if self.on_dispatch:
+            self.on_dispatch(batch)
         self._in_flight[batch] = self._loop.create_task(self._infer(batch, slot), name=f"batch {batch.id}")
 
     # -- in flight ---------------------------------------------------------------------------------------------------

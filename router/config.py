@@ -97,6 +97,17 @@ class ModelSettings(Section):
     vector_input: str = Field("vector", min_length=1)
     vector_output: str | None = None
     send_agent_type: bool = True
+    # Equal rows have equal answers: those that wait or are in flight at the same time are computed once, and answers
+    # may be kept for a while, so many bytes of them per key.
+    deterministic: bool = False
+    cache_ttl_s: Seconds = 0
+    cache_max_bytes: Count = 16 * 1024 * 1024
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Self:
+        if self.cache_ttl_s and not self.deterministic:
+            raise ValueError("cache_ttl_s: answers may be kept only where deterministic is true")
+        return self
 
     def matches(self, model_name: str, agent_type: str) -> bool:
         """Whether rows of this model and agent type fall under these settings."""

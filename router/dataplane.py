@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from router.batcher import Batcher
-from router.config import Settings
+from router.config import ModelSettings, Settings
+from router.core.answer_cache import AnswerCache
 from router.core.policy import choose_policy
 from router.core.queue import Budget
 from router.core.types import BatchAnswer, BatchKey, Block, Part
@@ -23,6 +24,7 @@ from router.core.variable_queue import make_queue
 from router.dispatch.pool import ReplicaPool
 from router.errors import DeadlineExceeded, InternalError, NotFound, ResourceExhausted, RouterError, Unavailable
 from router.metrics import Metrics
+from router.single_flight import SingleFlight
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,25 @@ LEAVING_RETRY_AFTER_S = 1.0
 KEYS_RETRY_AFTER_S = 60.0
 # Idle keys are not looked for more often.
 MIN_SWEEP_S = 1.0
+
+
+class Lane(Protocol):
+    """What a key's blocks are given to: its batcher, or what stands before it."""
+
+    def infer(self, block: Block) -> None:
+        """Take a block; its recipient hears of every row. Raises RouterError when it is refused."""
+
+    def discard(self, block: Block) -> None:
+        """Nobody waits for a block any more; one that is not here is none of ours."""
+
+    def is_idle_since(self, then: float) -> bool:
+        """Whether it was of no use since `then`."""
+
+    def stop(self) -> None:
+        """It is empty and will not be asked again."""
+
+    async def aclose(self) -> None:
+        """End what is in flight, without answers."""
 
 
 class Reply(Protocol):
@@ -57,7 +78,7 @@ class Call:
         self._timeout_s = timeout_s
         self._on_close = on_close
         # Where its rows may still wait.
-        self._queued: list[tuple[Batcher, Block]] = []
+        self._queued: list[tuple[Lane, Block]] = []
         self.is_closed = False
 
     def __repr__(self) -> str:
@@ -109,15 +130,15 @@ class Call:
         if not self.is_closed:
             self._close()
 
-    def wait_in(self, batcher: Batcher, block: Block) -> None:
+    def wait_in(self, lane: Lane, block: Block) -> None:
         """Remember where to withdraw from."""
-        self._queued.append((batcher, block))
+        self._queued.append((lane, block))
 
     def _close(self) -> None:
         self.is_closed = True
         if self._open_rows:
-            for batcher, block in self._queued:
-                batcher.discard(block)
+            for lane, block in self._queued:
+                lane.discard(block)
         self._queued.clear()
         self._on_close(self)
 
@@ -132,19 +153,19 @@ class DataPlane:
         self._loop = asyncio.get_running_loop()
         ids, prefix = itertools.count(1), secrets.token_hex(4)
         self._next_batch_id = lambda: f"{prefix}-{next(ids)}"
-        # State: a batcher per live key; what all queues hold; the open calls; whether new ones are refused.
-        self._batchers: dict[BatchKey, Batcher] = {}
+        # State: a lane per live key; what all queues hold; the open calls; whether new ones are refused.
+        self._lanes: dict[BatchKey, Lane] = {}
         self._budget = Budget(settings.limits.max_queued_bytes)
         self._open: set[Call] = set()
         self._is_refusing = False
         self._all_closed = asyncio.Event()
         metrics.queued_rows.set_function(lambda: self._budget.rows)
         metrics.open_calls.set_function(lambda: len(self._open))
-        metrics.keys.set_function(lambda: len(self._batchers))
+        metrics.keys.set_function(lambda: len(self._lanes))
         self._sweep_timer = self._loop.call_later(settings.limits.key_idle_s, self._sweep)
 
     def __repr__(self) -> str:
-        return f"<DataPlane {len(self._open)} open calls, {len(self._batchers)} keys, {self._budget.rows} rows queued>"
+        return f"<DataPlane {len(self._open)} open calls, {len(self._lanes)} keys, {self._budget.rows} rows queued>"
 
     def open(self, reply: Reply, rows: int, timeout_s: float) -> Call:
         """Begin a call of `rows` rows in all; its blocks follow with `infer`.
@@ -163,13 +184,12 @@ class DataPlane:
         """Queue a call's blocks. Each is refused or taken by itself; the call's reply hears of it either way."""
         for block in blocks:
             try:
-                batcher = self._batchers.get(block.key) or self._new_batcher(block.key)
-                batcher.infer(block)
+                lane = self._lanes.get(block.key) or self._new_lane(block.key)
+                call.wait_in(lane, block)  # before: where answers are known, they come at once, and may close the call
+                lane.infer(block)
             except RouterError as error:
                 self._count_refusal(error, block.rows)
                 call.fail_rows(block.index, block.first_row, block.rows, error)
-            else:
-                call.wait_in(batcher, block)
 
     def refuse_new(self) -> None:
         """From now on `open` refuses; what is open goes on."""
@@ -188,7 +208,7 @@ class DataPlane:
         message = "the router shut down before the call was answered"
         for call in list(self._open):
             call.abort(Unavailable(message, retry_after_s=LEAVING_RETRY_AFTER_S))
-        await asyncio.gather(*(batcher.aclose() for batcher in self._batchers.values()))
+        await asyncio.gather(*(lane.aclose() for lane in self._lanes.values()))
 
     def _closed(self, call: Call) -> None:
         self._open.discard(call)
@@ -201,16 +221,16 @@ class DataPlane:
         elif isinstance(error, DeadlineExceeded):
             self._metrics.refusals.labels("deadline").inc(rows)
 
-    def _new_batcher(self, key: BatchKey) -> Batcher:
+    def _new_lane(self, key: BatchKey) -> Lane:
         limits = self._settings.limits
-        if len(self._batchers) >= limits.max_keys:
+        if len(self._lanes) >= limits.max_keys:
             message = f"{limits.max_keys} kinds of rows (model, agent type, vector length) are in use, no more may be"
             raise ResourceExhausted(message, reason="keys", retry_after_s=KEYS_RETRY_AFTER_S)
         model = self._settings.route(key.model_name, key.agent_type)
         if model is None:
             raise NotFound(f"no model {key.model_name!r} for agent type {key.agent_type!r}")
         backend = self._settings.backends[model.backend]
-        batcher = self._batchers[key] = Batcher(
+        batcher = Batcher(
             key,
             queue=make_queue(
                 key,
@@ -226,12 +246,22 @@ class DataPlane:
             next_batch_id=self._next_batch_id,
             metrics=self._metrics,
         )
-        return batcher
+        lane = self._lanes[key] = self._share_rows(batcher, model) if model.deterministic else batcher
+        return lane
+
+    def _share_rows(self, batcher: Batcher, model: ModelSettings) -> SingleFlight:
+        return SingleFlight(
+            batcher,
+            cache=AnswerCache(model.cache_ttl_s, model.cache_max_bytes) if model.cache_ttl_s else None,
+            max_rows=self._settings.limits.max_queued_rows,
+            backend=model.backend,
+            metrics=self._metrics,
+        )
 
     def _sweep(self) -> None:
         """Forget the keys that nobody has used for `key_idle_s`."""
         idle_s = self._settings.limits.key_idle_s
         then = self._loop.time() - idle_s
-        for key in [key for key, batcher in self._batchers.items() if batcher.is_idle_since(then)]:
-            del self._batchers[key]
+        for key in [key for key, lane in self._lanes.items() if lane.is_idle_since(then)]:
+            self._lanes.pop(key).stop()
         self._sweep_timer = self._loop.call_later(max(idle_s / 10, MIN_SWEEP_S), self._sweep)

@@ -14,7 +14,7 @@ import itertools
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from router.core.types import Block, Part
 from router.errors import InvalidArgument, ResourceExhausted
@@ -119,6 +119,21 @@ class KeyQueue:
         self._drop_stale()
         return rows
 
+    def keep(self, block: Block, runs: Sequence[tuple[int, int]]) -> None:
+        """Forget what waits of a block but these rows (first row and rows of each run): nobody wants the rest."""
+        if block not in self._waiting:
+            return
+        parts = self._waiting[block] or [block.whole()]
+        kept = [piece for part in parts for run in runs if (piece := part.within(*run))]
+        if not kept:
+            self.discard(block)
+            return
+        self._waiting[block] = kept
+        self._count(
+            sum(part.rows for part in kept) - sum(part.rows for part in parts),
+            sum(part.nbytes for part in kept) - sum(part.nbytes for part in parts),
+        )
+
     def pop_batch(self) -> tuple[Part, ...]:
         """Take the rows of the next batch from the head, cutting the last block where the batch is full."""
         waiting = self._waiting
@@ -152,11 +167,13 @@ class KeyQueue:
         return part
 
     def pop_expired(self, now: float) -> list[Block]:
-        """Take the blocks whose deadline has come, the earliest first."""
+        """Take the blocks whose deadline has come, the earliest first; it may have become later since it was noted."""
         expired: list[Block] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             block = heapq.heappop(self._deadlines)[2]()
-            if block is not None and self.discard(block):
+            if block is not None and block.deadline > now:
+                self._watch(block)
+            elif block is not None and self.discard(block):
                 expired.append(block)
         return expired
 

@@ -170,3 +170,13 @@ def test_every_mistake_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as wrong:
         load(write(BASE + "listen: x\nmetrics: y"))
     assert len(str(wrong.value).splitlines()) == 2
+
+
+def test_answers_are_kept_only_where_equal_rows_have_equal_answers() -> None:
+    text = "backends: {x: {addresses: [h:2]}}\nmodels: [{backend: x, cache_ttl_s: 5%s}]"
+    with pytest.raises(ConfigError) as refused:
+        load(write(text % ""))
+    assert str(refused.value) == "models.0: cache_ttl_s: answers may be kept only where deterministic is true"
+    model = load(write(text % ", deterministic: true")).route("any", "thing")
+    assert model is not None
+    assert (model.cache_ttl_s, model.cache_max_bytes) == (5, 16 * 1024 * 1024)
