@@ -12,7 +12,7 @@ batches failed lately, or three of its last five batches took over `SLOW_RATIO` 
 pool decides whether a tripped replica may be ejected (`may_eject`): never the last that is fit, at most half of all.
 
 What is lost together is one failure. A connection that dies takes every batch on it along, and a router whose own loop
-stood still finds every batch late: so what was sent before the last bad end, or within `TOGETHER_S` of it, tells
+stood still finds every batch late. So what was sent before the last bad end, or within `TOGETHER_S` of a failure, tells
 nothing new, whether it ends well or not (counting only the good ends among them would hide a replica that fails half).
 
 Times of ejection grow by their number: 30, 60, 90 ... 300 s. The number falls by one for each `FORGIVING_S` of health.
@@ -65,12 +65,12 @@ class Breaker:
     """One replica's breaker. Times in monotonic seconds."""
 
     __slots__ = (
-        "_bad_at",
         "_batches",
         "_ejection_s",
         "_ejections",
         "_failure_share",
         "_failures",
+        "_news_from",
         "_ratios",
         "_since",
         "state",
@@ -78,14 +78,14 @@ class Breaker:
     )
 
     def __init__(self, ejection_s: float) -> None:
-        # State: where it stands, since when and, while OPEN, until when; how often it was ejected; when a batch last
-        # ended badly; what became of the batches that count.
+        # State: where it stands, since when and, while OPEN, until when; how often it was ejected; when a batch must
+        # have been sent to tell something new; what became of the batches that count.
         self._ejection_s = ejection_s
         self.state = State.CLOSED
         self.until = 0.0
         self._since = 0.0
         self._ejections = 0
-        self._bad_at = float("-inf")
+        self._news_from = 0.0
         self._forget_batches()
 
     def __repr__(self) -> str:
@@ -107,7 +107,7 @@ class Breaker:
             if ratio is not None:
                 self._ratios.append(ratio)
             if is_slow:
-                self._bad_at = now
+                self._news_from = now
 
     def failed(self, sent_at: float, now: float) -> None:
         """A batch failed, and the replica is to blame."""
@@ -116,7 +116,7 @@ class Breaker:
         elif self._tells(sent_at):
             self._failures += 1
             self._count(1.0)
-            self._bad_at = now
+            self._news_from = now + TOGETHER_S
 
     @property
     def trip(self) -> str | None:
@@ -166,7 +166,7 @@ class Breaker:
         self._ratios: deque[float] = deque(maxlen=RATIOS)
 
     def _tells(self, sent_at: float) -> bool:
-        return sent_at >= max(self._bad_at + TOGETHER_S, self._since)
+        return sent_at >= max(self._news_from, self._since)
 
     def _count(self, failure: float) -> None:
         self._batches += 1
