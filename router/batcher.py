@@ -14,7 +14,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from router.core.admission import Admission
-from router.core.batch import split
+from router.core.batch import cut, split
+from router.core.hedge import Hedging
 from router.core.policy import Hold, Policy, View
 from router.core.queue import KeyQueue
 from router.core.retry import judge
@@ -46,6 +47,7 @@ class Batcher:
         self._policy = policy
         self._pool = pool
         self._retries = retries
+        self._hedging = Hedging(policy.service_times, lambda _rows, _now: True, is_allowed=retries > 0)
         self._next_batch_id = next_batch_id
         self._accepted_rows = metrics.rows
         self._batch_rows = metrics.batch_rows.labels(backend)
@@ -180,7 +182,7 @@ class Batcher:
         """See slots.Taker."""
         return self._queue.rows > 0 and self._hold is None
 
-    def take(self, slots: ModelSlots, now: float) -> Batch | None:
+    def take(self, slots: ModelSlots, now: float, max_rows: int | None) -> Batch | None:
         """See slots.Taker. Late rows are answered first, so none is dispatched."""
         self._expire(now)
         self._hold = None
@@ -192,6 +194,9 @@ class Batcher:
             slots.hold(self, lapses=self._hold.lapses_with_slots)
             return None
         parts = self._queue.pop_batch()
+        if max_rows is not None:
+            parts, rest = cut(parts, max_rows)
+            self._queue.requeue(rest)
         return Batch(self._next_batch_id(), self._key, parts, sum(part.rows for part in parts), now)
 
     def _view(self, slots: ModelSlots) -> View:
@@ -223,7 +228,7 @@ class Batcher:
     async def _infer(self, batch: Batch, slot: Slot) -> None:
         alarm = _DeadlineAlarm(batch.parts, self._loop)
         try:
-            answer = await self._pool.infer(batch, slot)
+            answer = await self._pool.infer(batch, slot, self._hedging)
         except BackendError as error:
             self._failed(batch, error)
         except asyncio.CancelledError:

@@ -62,11 +62,17 @@ class Section(BaseModel):
 
 
 class BackendSettings(Section):
-    """A pool of replicas. `max_in_flight`: batches at a time per replica and model; 0: no limit."""
+    """A pool of replicas. `max_in_flight`: batches at a time per replica and model; 0: no limit.
+
+    `max_in_flight_total`: the same over all models; each batch has a stream, and servers commonly allow no more.
+    `ejection_s`: how long a replica that fails, or is three times as slow as its peers, gets no batch the first time.
+    """
 
     addresses: list[RemoteAddress] = Field(min_length=1)
     protocol: Literal["stream"] = "stream"
     max_in_flight: int = Field(4, ge=0)
+    max_in_flight_total: Count = 1024
+    ejection_s: PositiveSeconds = 30
 
     @model_validator(mode="after")
     def _check_addresses(self) -> Self:

@@ -50,3 +50,9 @@ class Metrics:
         self.open_calls = Gauge("router_open_calls", "Calls not fully answered.", registry=self.registry)
         self.keys = Gauge("router_keys", "Live batch keys.", registry=self.registry)
         self.ready_replicas = Gauge("router_ready_replicas", "Connected replicas.", ["backend"], registry=self.registry)
+        self.ejected_replicas = Gauge(
+            "router_ejected_replicas",
+            "Replicas that failed or were slow and rest.",
+            ["backend"],
+            registry=self.registry,
+        )

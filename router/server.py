@@ -7,6 +7,7 @@ end. The connections close with the process, not before: see `leave`.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 from collections.abc import Callable
@@ -14,10 +15,10 @@ from collections.abc import Callable
 import grpc.aio
 from prometheus_client import start_http_server
 
-from router.config import Settings
+from router.config import BackendSettings, Settings
 from router.dataplane import DataPlane
-from router.dispatch.pool import ReplicaPool
-from router.dispatch.replica import connect
+from router.dispatch.pool import ReplicaPool, Rules
+from router.dispatch.replica import Replica
 from router.metrics import Metrics
 from router.servicers.access import Access
 from router.servicers.convert import Routes, VectorOutputs
@@ -70,19 +71,10 @@ class RouterServer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.metrics = Metrics()
-        self._pools = {
-            name: ReplicaPool(
-                connect(
-                    backend.addresses,
-                    batch_timeout_s=settings.batch_timeout_s,
-                    max_message_bytes=settings.limits.max_backend_message_bytes,
-                ),
-                backend.max_in_flight,
-            )
-            for name, backend in settings.backends.items()
-        }
+        self._pools = {name: self._make_pool(backend) for name, backend in settings.backends.items()}
         for name, pool in self._pools.items():
             self.metrics.ready_replicas.labels(name).set_function(pool.count_ready)
+            self.metrics.ejected_replicas.labels(name).set_function(pool.count_ejected)
         self.plane = DataPlane(settings, self._pools, self.metrics)
         access = Access(self.metrics, settings.log_requests)
         around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs())
@@ -93,6 +85,16 @@ class RouterServer:
         self._server = grpc.aio.server(options=server_options(settings))
         self._close_metrics: Callable[[], None] = lambda: None
         self.address = settings.listen
+
+    def _make_pool(self, backend: BackendSettings) -> ReplicaPool:
+        connect = functools.partial(
+            Replica,
+            batch_timeout_s=self._settings.batch_timeout_s,
+            max_message_bytes=self._settings.limits.max_backend_message_bytes,
+            max_in_flight=backend.max_in_flight_total,
+        )
+        rules = Rules(max_in_flight=backend.max_in_flight, ejection_s=backend.ejection_s)
+        return ReplicaPool(connect, backend.addresses, rules)
 
     async def start(self) -> None:
         """Listen and connect. Raises StartError."""

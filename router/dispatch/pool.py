@@ -1,66 +1,213 @@
 """ReplicaPool: the replicas of a backend, and the slots of each model on them (`slots.py`).
 
+Replicas come and go while it runs. Those that fail or are slow are ejected for a while (`core/breaker.py`).
+
 It moves whole batches: no gRPC, no callers, no rows. Decisions are plain calls; only `infer` waits.
 """
 
 import asyncio
+import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from router.core.batch import check
+from router.core.breaker import SLOW_RATIO, State, may_eject
+from router.core.hedge import Hedging
 from router.core.types import Batch, BatchAnswer
-from router.dispatch.slots import Backend, ModelSlots, Slot
-from router.errors import BackendError
+from router.dispatch.member import Backend, Member, Standing
+from router.dispatch.slots import CLOCK_SLACK_S, ModelSlots, Slot
+from router.errors import BackendError, BatchTimeout, Malformed, StreamLost
+
+logger = logging.getLogger(__name__)
+
+# What a replica is to blame for. Its refusals are the model's word, or back-pressure.
+COUNTED_FAILURES = (StreamLost, BatchTimeout, Malformed)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a pool treats its replicas.
+
+    `max_in_flight`: batches at a time per replica and model, 0: no limit. `ejection_s`: how long a replica that fails
+    is left alone the first time.
+    """
+
+    max_in_flight: int
+    ejection_s: float
 
 
 class ReplicaPool:
-    """The replicas of one backend."""
+    """The replicas of one backend. `connect` makes one of an address, not started."""
 
-    def __init__(self, replicas: Sequence[Backend], max_in_flight: int) -> None:
-        self._replicas = list(replicas)
-        self._max_in_flight = max_in_flight
+    def __init__(self, connect: Callable[[str], Backend], addresses: Iterable[str], rules: Rules) -> None:
+        self._connect = connect
+        self._rules = rules
+        self._max_in_flight = rules.max_in_flight
+        # State: those that belong to it and those that leave and still hold batches; the addresses of the former;
+        # whether `start` was called; the tasks that close who has left.
+        self._members: list[Member] = []
+        self._peers: list[str] = []
+        self._has_started = False
+        self._closing: set[asyncio.Task[None]] = set()
         # A model's slots live as long as one of its keys holds them.
         self._slots: weakref.WeakValueDictionary[tuple[str, str], ModelSlots] = weakref.WeakValueDictionary()
+        self.set_addresses(addresses)
 
     def __repr__(self) -> str:
-        return f"<ReplicaPool {self._replicas!r}>"
+        return f"<ReplicaPool {self._members!r}>"
 
     def count_ready(self) -> int:
         """Replicas that are connected."""
-        return sum(replica.is_ready for replica in self._replicas)
+        return sum(member.replica.is_ready for member in self._staying())
+
+    def count_ejected(self) -> int:
+        """Replicas that get no batches for what became of their last ones, or are on trial again."""
+        return sum(not member.breaker.is_closed for member in self._staying())
 
     def start(self) -> None:
         """Connect every replica."""
-        for replica in self._replicas:
-            replica.start(self._replica_changed)
+        self._has_started = True
+        for member in self._members:
+            member.replica.start(self._replica_changed)
 
     async def aclose(self) -> None:
         """Let go of every replica."""
-        await asyncio.gather(*(replica.aclose() for replica in self._replicas))
+        for member in list(self._members):
+            self._close(member)
+        await asyncio.gather(*self._closing)
 
     def slots(self, model: tuple[str, str]) -> ModelSlots:
         """The slots of a model; its keys share them."""
         slots = self._slots.get(model)
         if slots is None:
-            slots = self._slots[model] = ModelSlots(self._replicas, self._max_in_flight)
+            slots = self._slots[model] = ModelSlots(self._members, self._max_in_flight)
         return slots
 
-    async def infer(self, batch: Batch, slot: Slot) -> BatchAnswer:
+    def set_addresses(self, addresses: Iterable[str]) -> None:
+        """Let replicas join and leave: who leaves gets no new batch, ends what it holds, and is closed then.
+
+        Who comes back before that is the same replica as before, never a second one beside it.
+        """
+        wanted = dict.fromkeys(addresses)
+        members = {member.address: member for member in self._members}
+        for address in wanted:
+            if address not in members:
+                self._join(Member(self._connect(address), self._rules.ejection_s))
+        for address, member in members.items():
+            member.is_leaving = address not in wanted
+            self._close_if_done(member)
+        self._peers = list(wanted)
+        self._replica_changed()
+
+    def set_max_in_flight(self, max_in_flight: int) -> None:
+        """Change the slots per replica and model; what is in flight beyond them ends in its own time."""
+        self._max_in_flight = max_in_flight
+        for slots in list(self._slots.values()):
+            slots.set_max_in_flight(max_in_flight)
+
+    async def infer(self, batch: Batch, slot: Slot, hedging: Hedging) -> BatchAnswer:
         """Send a batch to the slot's replica and return its checked answer; gives the slot back in any case.
 
-        Raises BackendError.
+        `hedging`: the batch's key. Raises BackendError.
         """
         failure = None
         try:
-            answer = await slot.seat.replica.infer(batch)
+            answer = await slot.seat.member.replica.infer(batch)
             check(answer.outputs, batch.rows)
+            self._count_answer(slot, answer, hedging)
         except BackendError as error:
             failure = error
+            self._count_failure(slot, error)
             raise
         finally:
-            slot.slots.release(slot, failure)
+            self._give_back(slot, failure)
         return answer
 
+    # -- joining and leaving -----------------------------------------------------------------------------------------
+
+    def _staying(self) -> list[Member]:
+        return [member for member in self._members if not member.is_leaving]
+
+    def _join(self, member: Member) -> None:
+        self._members.append(member)
+        for slots in list(self._slots.values()):
+            slots.join(member)
+        if self._has_started:
+            member.replica.start(self._replica_changed)
+            logger.info("backend %s joined", member.address)
+
+    def _close_if_done(self, member: Member) -> None:
+        if member.is_leaving and not member.replica.in_flight and member in self._members:
+            logger.info("backend %s left", member.address)
+            self._close(member)
+
+    def _close(self, member: Member) -> None:
+        self._members.remove(member)
+        for slots in list(self._slots.values()):
+            slots.leave(member)
+        task = asyncio.create_task(member.aclose(), name=f"close {member.address}")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
     def _replica_changed(self) -> None:
+        """Look at the standing of all: where one is away, others may do that could not before."""
+        self._survey()
         for slots in list(self._slots.values()):
             slots.assign()
+
+    def _survey(self) -> None:
+        best = min((member.standing for member in self._members), default=Standing.AWAY)
+        for member in self._members:
+            member.admit(best)
+
+    # -- health ------------------------------------------------------------------------------------------------------
+
+    def _count_answer(self, slot: Slot, answer: BatchAnswer, hedging: Hedging) -> None:
+        breaker, ratio = slot.seat.member.breaker, None
+        state = breaker.state
+        if len(self._peers) > 1:
+            service_s = answer.answered_at - answer.dispatched_at
+            ratio = hedging.times.ratio(answer.replica, answer.batch_rows, service_s, self._peers)
+        breaker.answered(slot.taken_at, answer.answered_at, ratio)
+        if breaker.state is not state or (ratio is not None and ratio > SLOW_RATIO):
+            self._follow_breaker(slot.seat.member, state)
+
+    def _count_failure(self, slot: Slot, error: BackendError) -> None:
+        breaker = slot.seat.member.breaker
+        state = breaker.state
+        if isinstance(error, COUNTED_FAILURES):
+            breaker.failed(slot.taken_at, asyncio.get_running_loop().time())
+            self._follow_breaker(slot.seat.member, state)
+
+    def _follow_breaker(self, member: Member, state: State) -> None:
+        """Eject a member that must go and may; let everybody know when the breaker is not in `state` any more."""
+        loop, breaker = asyncio.get_running_loop(), member.breaker
+        why = breaker.trip or "its trial has failed"
+        if breaker.trip and self._may_eject(member):
+            breaker.eject(loop.time())
+        if breaker.state is state:
+            return
+        if breaker.is_closed:
+            logger.info("backend %s is back", member.address)
+        else:
+            logger.warning("backend %s ejected for %g s: %s", member.address, breaker.until - loop.time(), why)
+            member.wake_timer = loop.call_at(breaker.until, self._wake, member)
+        self._survey()
+        loop.call_soon(self._replica_changed)
+
+    def _may_eject(self, member: Member) -> bool:
+        others_fit = sum(other.standing is Standing.FIT for other in self._members if other is not member)
+        return not member.is_leaving and may_eject(len(self._staying()), self.count_ejected(), others_fit)
+
+    def _wake(self, member: Member) -> None:
+        """An ejection is over: the replica is tried with one small batch."""
+        member.breaker.wake(asyncio.get_running_loop().time() + CLOCK_SLACK_S)
+        self._replica_changed()
+
+    def _give_back(self, slot: Slot, failure: BackendError | None) -> None:
+        member = slot.seat.member
+        if member.trial is slot:
+            member.trial = None
+        slot.slots.release(slot, failure)
+        self._close_if_done(member)

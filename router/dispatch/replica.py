@@ -12,7 +12,7 @@ import asyncio
 import logging
 import re
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NoReturn
 
 import grpc
@@ -37,8 +37,6 @@ from router.errors import (
 
 logger = logging.getLogger(__name__)
 
-# Streams to one replica; beyond it batches wait for one. Servers commonly allow more per connection.
-MAX_STREAMS = 1024
 STREAM_IDLE_S = 60.0
 # Ids of the batches a stream carried last: an answer that repeats one of them is late or double and is passed over.
 REMEMBERED_IDS = 16
@@ -70,10 +68,14 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
 
 
 class Replica:
-    """One replica; `start` it on the loop, `aclose` it at the end."""
+    """One replica; `start` it on the loop, `aclose` it at the end.
 
-    def __init__(self, address: str, *, batch_timeout_s: float, max_message_bytes: int) -> None:
+    max_in_flight: batches at a time, whatever their model; each has a stream.
+    """
+
+    def __init__(self, address: str, *, batch_timeout_s: float, max_message_bytes: int, max_in_flight: int) -> None:
         self.address = address
+        self._max_in_flight = max_in_flight
         self._batch_timeout_s = batch_timeout_s
         self._max_message_bytes = max_message_bytes
         # State: the channel and the task that watches it; streams without a batch, the longest idle first.
@@ -91,12 +93,17 @@ class Replica:
         return f"<Replica {self.address} {state}, {self.in_flight} in flight, {len(self._idle)} idle streams>"
 
     @property
+    def is_connected(self) -> bool:
+        """See member.Backend."""
+        return self._is_connected
+
+    @property
     def is_ready(self) -> bool:
-        """Whether a batch may be sent: connected, and a stream to be had."""
-        return self._is_connected and self.in_flight < MAX_STREAMS
+        """See member.Backend."""
+        return self._is_connected and self.in_flight < self._max_in_flight
 
     def start(self, on_change: Callable[[], None]) -> None:
-        """Connect, stay connected, and call `on_change` when `is_ready` may have become true."""
+        """Connect, stay connected, and call `on_change` when `is_ready` may have changed."""
         self._channel = grpc.aio.insecure_channel(self.address, options=channel_options(self._max_message_bytes))
         self._open_stream = pb_grpc.GRPCInferenceServiceStub(self._channel).ModelStreamInfer
         self._on_change = on_change
@@ -127,6 +134,7 @@ class Replica:
             elif state is not grpc.ChannelConnectivity.READY and self._is_connected:
                 logger.warning("backend %s lost, reconnecting", self.address)
                 self._is_connected = False
+                self._on_change()
             await channel.wait_for_state_change(state)
 
     def _sweep(self) -> None:
@@ -162,13 +170,13 @@ class Replica:
         return BatchAnswer(outputs, batch.id, batch.rows, self.address, dispatched_at, answered_at)
 
     def reserve(self) -> None:
-        """See slots.Backend."""
+        """See member.Backend."""
         self.in_flight += 1
 
     def free(self) -> None:
-        """See slots.Backend."""
+        """See member.Backend."""
         self.in_flight -= 1
-        if self.in_flight == MAX_STREAMS - 1:
+        if self.in_flight == self._max_in_flight - 1:
             self._on_change()
 
     def _take_stream(self) -> "_Stream":
@@ -312,10 +320,3 @@ def translate_status(code: grpc.StatusCode, details: str | None, address: str) -
 def model_text(text: str) -> str:
     """A model's own words for a caller, cut to 1,000 characters."""
     return text if len(text) <= MODEL_TEXT_MAX else text[: MODEL_TEXT_MAX - 3] + "..."
-
-
-def connect(addresses: Sequence[str], *, batch_timeout_s: float, max_message_bytes: int) -> list[Replica]:
-    """A replica for each address, not started."""
-    return [
-        Replica(address, batch_timeout_s=batch_timeout_s, max_message_bytes=max_message_bytes) for address in addresses
-    ]

@@ -1,13 +1,14 @@
 """Stand-ins at the router's seams: a backend that answers when the test says so, and a reply that remembers."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from router.core.batch import merge
 from router.core.types import Batch, BatchAnswer, Outputs, Part, Tensor
+from router.dispatch.pool import ReplicaPool, Rules
 from router.errors import BackendError, RouterError
 
 
@@ -36,9 +37,21 @@ class Sent:
     def fail(self, error: BackendError) -> None:
         self.future.set_exception(error)
 
+    def end(self, error: BackendError | None) -> None:
+        """Answer or fail, unless nobody waits any more."""
+        if self.future.done():
+            return
+        if error:
+            self.fail(error)
+        else:
+            self.answer()
+
 
 class FakeBackend:
-    """A slots.Backend. `service_s`: answer by itself after so many virtual seconds; None: hang."""
+    """A member.Backend. `service_s`: answer by itself after so many virtual seconds; None: hang.
+
+    `error`: fail then instead of answering.
+    """
 
     def __init__(self, address: str = "fake:1", *, service_s: float | None = None, is_ready: bool = True) -> None:
         self.address = address
@@ -46,9 +59,14 @@ class FakeBackend:
         self.most_in_flight = 0
         self.sent: list[Sent] = []
         self.is_closed = False
-        self._service_s = service_s
+        self.service_s = service_s
+        self.error: BackendError | None = None
         self._is_ready = is_ready
         self._on_change: Callable[[], None] = lambda: None
+
+    @property
+    def is_connected(self) -> bool:
+        return self._is_ready
 
     @property
     def is_ready(self) -> bool:
@@ -75,10 +93,19 @@ class FakeBackend:
         loop = asyncio.get_running_loop()
         sent = Sent(batch, loop.time(), loop.create_future())
         self.sent.append(sent)
-        if self._service_s is not None:
-            loop.call_later(self._service_s, sent.answer)
+        if self.service_s is not None:
+            loop.call_later(self.service_s, sent.end, self.error)
         outputs = await sent.future
         return BatchAnswer(outputs, batch.id, batch.rows, self.address, sent.at, loop.time())
+
+
+def pool_of(
+    *replicas: FakeBackend, later: Sequence[FakeBackend] = (), max_in_flight: int = 1, ejection_s: float = 30.0
+) -> ReplicaPool:
+    """A pool of fakes, not started; those of `later` join when their addresses are set."""
+    by_address = {replica.address: replica for replica in (*replicas, *later)}
+    addresses = [replica.address for replica in replicas]
+    return ReplicaPool(by_address.__getitem__, addresses, Rules(max_in_flight, ejection_s))
 
 
 @dataclass(eq=False)

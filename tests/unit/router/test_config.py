@@ -34,7 +34,9 @@ def test_without_a_file_the_defaults_serve_every_model_from_one_local_backend() 
     settings = load()
     shown = yaml.safe_load(settings.to_yaml())
     assert DESIGNED_DEFAULTS.items() <= shown.items()
-    assert shown["backends"] == {"mock": {"addresses": ["127.0.0.1:50061"], "protocol": "stream", "max_in_flight": 4}}
+    designed = {"addresses": ["127.0.0.1:50061"], "protocol": "stream", "max_in_flight": 4}
+    assert list(shown["backends"]) == ["mock"]
+    assert designed.items() <= shown["backends"]["mock"].items()
     model = settings.route("any", "thing")
     assert model is not None
     assert (model.backend, model.max_batch_size, model.max_batch_bytes) == ("mock", 64, 8388608)

@@ -14,7 +14,6 @@ from router.core.batch import merge, rows_of
 from router.core.types import BatchAnswer, BatchKey, Block, Part, Tensor
 from router.core.variable import VariableBlock
 from router.dataplane import Call, DataPlane
-from router.dispatch.pool import ReplicaPool
 from router.errors import (
     BackendError,
     BackendExhausted,
@@ -32,7 +31,7 @@ from router.errors import (
 )
 from router.metrics import Metrics
 from tests.builders import decode_texts, encode_texts, make_block, make_key, make_texts
-from tests.unit.router.fakes import FakeBackend, RecordingReply, Sent
+from tests.unit.router.fakes import FakeBackend, RecordingReply, Sent, pool_of
 
 pytestmark = pytest.mark.anyio
 
@@ -49,7 +48,7 @@ class Plane:
             limits=limits,  # type: ignore[arg-type]
         )
         self.metrics = Metrics()
-        self.pool = ReplicaPool(replicas, slots)
+        self.pool = pool_of(*replicas, max_in_flight=slots)
         self.pool.start()
         self.plane = DataPlane(settings, {"fake": self.pool}, self.metrics)
         self.loop = asyncio.get_running_loop()
