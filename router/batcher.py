@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable, Sequence
 from router.core.admission import Admission
 from router.core.batch import cut, split
 from router.core.hedge import Hedging
-from router.core.policy import Hold, Policy, View
+from router.core.policy import Hold, Policy, View, change_policy
 from router.core.queue import KeyQueue
 from router.core.retry import judge
 from router.core.types import Batch, BatchAnswer, BatchKey, Block, Part
+from router.core.variable_queue import set_bounds
 from router.dispatch.pool import ReplicaPool
 from router.dispatch.slots import CLOCK_SLACK_S, ModelSlots, Slot
 from router.errors import BackendError, InternalError, ResourceExhausted, RouterError, Unavailable
@@ -101,6 +102,28 @@ class Batcher:
         """Forget what waits of a block; rows in flight go on for their neighbours."""
         if self._queue.discard(block) and not self._queue.rows:
             self._slots.withdraw(self)
+
+    def apply(
+        self,
+        *,
+        max_batch_rows: int,
+        max_batch_bytes: int,
+        max_rows: int,
+        max_in_flight: int,
+        max_queue_delay_s: float,
+        retries: int,
+    ) -> None:
+        """Go on by other settings, with what waits, what flies and what was learned."""
+        set_bounds(
+            self._queue, self._key, max_batch_rows=max_batch_rows, max_batch_bytes=max_batch_bytes, max_rows=max_rows
+        )
+        self._policy = change_policy(self._policy, max_in_flight, max_queue_delay_s)
+        self._retries = retries
+        self._hedging.is_allowed = retries > 0
+        self._admission = Admission(self._queue.max_batch_rows)
+        self._admission.update(self._policy.service_times, self._slots.usable, self._slots.waiting_keys)
+        if self._queue.rows:
+            self._pump_soon()
 
     def keep(self, block: Block, runs: Sequence[tuple[int, int]]) -> None:
         """Forget what waits of a block but these runs of rows."""

@@ -5,8 +5,10 @@ underscores go one level down, lists and maps are JSON. Units stand in the names
 """
 
 import fnmatch
+import json
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,6 +23,10 @@ BUILT_IN: dict[str, Any] = {
     "backends": {"mock": {"addresses": ["127.0.0.1:50061"]}},
     "models": [{"match": {"model_name": "*", "agent_type": "*"}, "backend": "mock"}],
 }
+
+
+# What holds for as long as the process lives: sockets, and what was told to each stream at its beginning.
+NEED_RESTART = ("listen", "metrics", "limits.max_message_bytes")
 
 
 class ConfigError(Exception):
@@ -199,20 +205,67 @@ class Settings(BaseSettings):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def find_file() -> Path | None:
+    """The file that is read when none is named."""
+    return DEFAULT_FILE if DEFAULT_FILE.exists() else None
+
+
 def load(path: Path | None = None) -> Settings:
     """Read the file (None: ./router.yaml if it is there, else the built-in defaults) and the environment.
 
     Raises:
         ConfigError: the file cannot be read, is not YAML, or a field is wrong.
     """
-    if path is None and DEFAULT_FILE.exists():
-        path = DEFAULT_FILE
     try:
-        return Settings(**_read(path))
+        return Settings(**_read(path or find_file()))
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(one) for one in error.errors(include_url=False))) from error
     except ValueError as error:  # pydantic-settings wraps JSON that cannot be parsed
         raise ConfigError(str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One field that has another value; None where there is none."""
+
+    field: str
+    before: object
+    after: object
+
+    def __str__(self) -> str:
+        return f"{self.field}: {_show(self.before)} -> {_show(self.after)}"
+
+
+def changes(before: Settings, after: Settings) -> list[Change]:
+    """The fields that differ, by their names in a file."""
+    old, new = dict(_fields(before.model_dump(mode="json"))), dict(_fields(after.model_dump(mode="json")))
+    names = [*old, *(name for name in new if name not in old)]
+    return [Change(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
+
+
+def _fields(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Every field below a value, with its dotted name; a list of plain values is one field."""
+    inner: Iterable[tuple[object, object]]
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        inner = enumerate(value)
+    else:
+        yield name, value
+        return
+    for step, one in inner:
+        yield from _fields(one, f"{name}.{step}" if name else str(step))
+
+
+def _show(value: object) -> str:
+    return "null" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def check_same_process(before: Settings, after: Settings) -> None:
+    """Raise ConfigError unless a running router can go on by the new settings."""
+    fixed = [change for change in changes(before, after) if change.field in NEED_RESTART]
+    if fixed:
+        raise ConfigError("\n".join(f"{change}: needs a restart" for change in fixed))
 
 
 def _read(path: Path | None) -> dict[str, Any]:

@@ -8,50 +8,21 @@ No batching rules, no replicas, no status codes here.
 """
 
 import asyncio
-import itertools
 import logging
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from router.batcher import Batcher
-from router.config import ModelSettings, Settings
-from router.core.answer_cache import AnswerCache
-from router.core.policy import choose_policy
-from router.core.queue import Budget
-from router.core.types import BatchAnswer, BatchKey, Block, Part
-from router.core.variable_queue import make_queue
+from router.config import Settings
+from router.core.types import BatchAnswer, Block, Part
 from router.dispatch.pool import ReplicaPool
-from router.errors import DeadlineExceeded, InternalError, NotFound, ResourceExhausted, RouterError, Unavailable
+from router.errors import DeadlineExceeded, InternalError, ResourceExhausted, RouterError, Unavailable
+from router.lanes import Lane, Lanes
 from router.metrics import Metrics
-from router.single_flight import SingleFlight
 
 logger = logging.getLogger(__name__)
 
 # What a caller is told to wait when the router leaves: time enough for another to be found.
 LEAVING_RETRY_AFTER_S = 1.0
-KEYS_RETRY_AFTER_S = 60.0
-# Idle keys are not looked for more often.
-MIN_SWEEP_S = 1.0
-
-
-class Lane(Protocol):
-    """What a key's blocks are given to: its batcher, or what stands before it."""
-
-    def infer(self, block: Block) -> None:
-        """Take a block; its recipient hears of every row. Raises RouterError when it is refused."""
-
-    def discard(self, block: Block) -> None:
-        """Nobody waits for a block any more; one that is not here is none of ours."""
-
-    def is_idle_since(self, then: float) -> bool:
-        """Whether it was of no use since `then`."""
-
-    def stop(self) -> None:
-        """It is empty and will not be asked again."""
-
-    async def aclose(self) -> None:
-        """End what is in flight, without answers."""
 
 
 class Reply(Protocol):
@@ -147,25 +118,21 @@ class DataPlane:
     """The live keys and the open calls of the router."""
 
     def __init__(self, settings: Settings, pools: Mapping[str, ReplicaPool], metrics: Metrics) -> None:
-        self._settings = settings
-        self._pools = pools
         self._metrics = metrics
-        self._loop = asyncio.get_running_loop()
-        ids, prefix = itertools.count(1), secrets.token_hex(4)
-        self._next_batch_id = lambda: f"{prefix}-{next(ids)}"
-        # State: a lane per live key; what all queues hold; the open calls; whether new ones are refused.
-        self._lanes: dict[BatchKey, Lane] = {}
-        self._budget = Budget(settings.limits.max_queued_bytes)
+        # State: the lanes, and by key; the open calls; whether new ones are refused.
+        self._lanes = Lanes(settings, pools, metrics)
+        self._lane_by_key = self._lanes.by_key
         self._open: set[Call] = set()
         self._is_refusing = False
         self._all_closed = asyncio.Event()
-        metrics.queued_rows.set_function(lambda: self._budget.rows)
+        metrics.queued_rows.set_function(lambda: self._lanes.budget.rows)
         metrics.open_calls.set_function(lambda: len(self._open))
         metrics.keys.set_function(lambda: len(self._lanes))
-        self._sweep_timer = self._loop.call_later(settings.limits.key_idle_s, self._sweep)
 
     def __repr__(self) -> str:
-        return f"<DataPlane {len(self._open)} open calls, {len(self._lanes)} keys, {self._budget.rows} rows queued>"
+        return (
+            f"<DataPlane {len(self._open)} open calls, {len(self._lanes)} keys, {self._lanes.budget.rows} rows queued>"
+        )
 
     def open(self, reply: Reply, rows: int, timeout_s: float) -> Call:
         """Begin a call of `rows` rows in all; its blocks follow with `infer`.
@@ -184,12 +151,20 @@ class DataPlane:
         """Queue a call's blocks. Each is refused or taken by itself; the call's reply hears of it either way."""
         for block in blocks:
             try:
-                lane = self._lanes.get(block.key) or self._new_lane(block.key)
+                lane = self._lane_by_key.get(block.key) or self._lanes.open(block.key)
                 call.wait_in(lane, block)  # before: where answers are known, they come at once, and may close the call
                 lane.infer(block)
             except RouterError as error:
                 self._count_refusal(error, block.rows)
                 call.fail_rows(block.index, block.first_row, block.rows, error)
+
+    def apply(self, settings: Settings) -> None:
+        """Go on by other settings: rows that wait or fly are served, new ones go where these say."""
+        self._lanes.apply(settings)
+
+    def uses(self, pool: ReplicaPool) -> bool:
+        """Whether rows may still go there, or are there."""
+        return self._lanes.uses(pool)
 
     def refuse_new(self) -> None:
         """From now on `open` refuses; what is open goes on."""
@@ -203,12 +178,11 @@ class DataPlane:
 
     async def aclose(self) -> None:
         """Fail what is still open, end what is in flight."""
-        self._sweep_timer.cancel()
         self.refuse_new()
         message = "the router shut down before the call was answered"
         for call in list(self._open):
             call.abort(Unavailable(message, retry_after_s=LEAVING_RETRY_AFTER_S))
-        await asyncio.gather(*(lane.aclose() for lane in self._lanes.values()))
+        await self._lanes.aclose()
 
     def _closed(self, call: Call) -> None:
         self._open.discard(call)
@@ -220,48 +194,3 @@ class DataPlane:
             self._metrics.refusals.labels(error.reason).inc(rows)
         elif isinstance(error, DeadlineExceeded):
             self._metrics.refusals.labels("deadline").inc(rows)
-
-    def _new_lane(self, key: BatchKey) -> Lane:
-        limits = self._settings.limits
-        if len(self._lanes) >= limits.max_keys:
-            message = f"{limits.max_keys} kinds of rows (model, agent type, vector length) are in use, no more may be"
-            raise ResourceExhausted(message, reason="keys", retry_after_s=KEYS_RETRY_AFTER_S)
-        model = self._settings.route(key.model_name, key.agent_type)
-        if model is None:
-            raise NotFound(f"no model {key.model_name!r} for agent type {key.agent_type!r}")
-        backend = self._settings.backends[model.backend]
-        batcher = Batcher(
-            key,
-            queue=make_queue(
-                key,
-                max_batch_rows=model.max_batch_size,
-                max_batch_bytes=model.max_batch_bytes,
-                max_rows=limits.max_queued_rows,
-                budget=self._budget,
-            ),
-            policy=choose_policy(backend.max_in_flight, model.max_queue_delay_s),
-            pool=self._pools[model.backend],
-            backend=model.backend,
-            retries=model.retries,
-            next_batch_id=self._next_batch_id,
-            metrics=self._metrics,
-        )
-        lane = self._lanes[key] = self._share_rows(batcher, model) if model.deterministic else batcher
-        return lane
-
-    def _share_rows(self, batcher: Batcher, model: ModelSettings) -> SingleFlight:
-        return SingleFlight(
-            batcher,
-            cache=AnswerCache(model.cache_ttl_s, model.cache_max_bytes) if model.cache_ttl_s else None,
-            max_rows=self._settings.limits.max_queued_rows,
-            backend=model.backend,
-            metrics=self._metrics,
-        )
-
-    def _sweep(self) -> None:
-        """Forget the keys that nobody has used for `key_idle_s`."""
-        idle_s = self._settings.limits.key_idle_s
-        then = self._loop.time() - idle_s
-        for key in [key for key, lane in self._lanes.items() if lane.is_idle_since(then)]:
-            self._lanes.pop(key).stop()
-        self._sweep_timer = self._loop.call_later(max(idle_s / 10, MIN_SWEEP_S), self._sweep)

@@ -56,3 +56,6 @@ class Metrics:
             ["backend"],
             registry=self.registry,
         )
+        self.config_reloads = Counter(
+            "router_config_reloads", "Looks at changed settings, by outcome.", ["outcome"], registry=self.registry
+        )

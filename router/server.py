@@ -15,7 +15,8 @@ from collections.abc import Callable
 import grpc.aio
 from prometheus_client import start_http_server
 
-from router.config import BackendSettings, Settings
+from router.backends import Backends
+from router.config import BackendSettings, Settings, check_same_process
 from router.dataplane import DataPlane
 from router.dispatch.pool import ReplicaPool, Rules
 from router.dispatch.replica import Replica
@@ -65,36 +66,48 @@ def _try_address(listen: str) -> None:
         raise StartError(f"cannot listen on {listen}: {error.strerror}") from error
 
 
+def make_pool(settings: Settings, backend: BackendSettings) -> ReplicaPool:
+    """The replicas of a backend, not connected yet."""
+    connect = functools.partial(
+        Replica,
+        batch_timeout_s=settings.batch_timeout_s,
+        max_message_bytes=settings.limits.max_backend_message_bytes,
+        max_in_flight=backend.max_in_flight_total,
+    )
+    rules = Rules(max_in_flight=backend.max_in_flight, ejection_s=backend.ejection_s)
+    return ReplicaPool(connect, backend.addresses, rules)
+
+
 class RouterServer:
     """The whole router of a process; `start`, then `stop`, on one loop."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.metrics = Metrics()
-        self._pools = {name: self._make_pool(backend) for name, backend in settings.backends.items()}
-        for name, pool in self._pools.items():
-            self.metrics.ready_replicas.labels(name).set_function(pool.count_ready)
-            self.metrics.ejected_replicas.labels(name).set_function(pool.count_ejected)
-        self.plane = DataPlane(settings, self._pools, self.metrics)
+        self._backends = Backends(settings, make_pool, self.metrics)
+        self.plane = DataPlane(settings, self._backends.pools, self.metrics)
         access = Access(self.metrics, settings.log_requests)
-        around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs())
+        self._around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs())
         self._rpcs = Rpcs()
-        self._servicer = InferenceServicer(around, self._rpcs)
-        self._open_inference = OpenInferenceServicer(around, self._rpcs)
+        self._servicer = InferenceServicer(self._around, self._rpcs)
+        self._open_inference = OpenInferenceServicer(self._around, self._rpcs)
         self._health = Health()
         self._server = grpc.aio.server(options=server_options(settings))
         self._close_metrics: Callable[[], None] = lambda: None
         self.address = settings.listen
 
-    def _make_pool(self, backend: BackendSettings) -> ReplicaPool:
-        connect = functools.partial(
-            Replica,
-            batch_timeout_s=self._settings.batch_timeout_s,
-            max_message_bytes=self._settings.limits.max_backend_message_bytes,
-            max_in_flight=backend.max_in_flight_total,
-        )
-        rules = Rules(max_in_flight=backend.max_in_flight, ejection_s=backend.ejection_s)
-        return ReplicaPool(connect, backend.addresses, rules)
+    def apply(self, settings: Settings) -> None:
+        """Go on by other settings; no row is lost. New pools come first, and old ones end when no row is there.
+
+        Raises:
+            ConfigError: something is different that holds for as long as the process lives; then nothing was changed.
+        """
+        check_same_process(self._settings, settings)
+        self._settings = settings
+        self._backends.apply(settings, self.plane.uses)
+        self.plane.apply(settings)
+        self._around.apply(settings)
+        self._open_inference.apply(settings)
 
     async def start(self) -> None:
         """Listen and connect. Raises StartError."""
@@ -103,8 +116,7 @@ class RouterServer:
         self._health.add_to(self._server)
         self._bind()
         self._serve_metrics()
-        for pool in self._pools.values():
-            pool.start()
+        self._backends.start()
         await self._health.serve()
         await self._server.start()
         logger.info("router listens on %s", self.address)
@@ -173,5 +185,5 @@ class RouterServer:
         logger.info("router stopped")
 
     async def _let_go(self) -> None:
-        await asyncio.gather(*(pool.aclose() for pool in self._pools.values()))
+        await self._backends.aclose()
         self._close_metrics()

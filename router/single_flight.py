@@ -30,23 +30,18 @@ Digested = Sequence[tuple[int, bytes]]
 
 
 class SingleFlight:
-    """One key's flights and kept answers.
+    """One key's flights and kept answers; `apply` its settings before anything else."""
 
-    cache: None where answers are not kept. max_rows: rows that may follow at a time.
-    """
-
-    def __init__(
-        self, batcher: Batcher, *, cache: AnswerCache | None, max_rows: int, backend: str, metrics: Metrics
-    ) -> None:
+    def __init__(self, batcher: Batcher, *, backend: str, metrics: Metrics) -> None:
         self._batcher = batcher
-        self._max_rows = max_rows
         self._shared_rows = metrics.shared_rows.labels(backend)
         self._cached_rows = metrics.cached_rows.labels(backend)
         self._loop = asyncio.get_running_loop()
-        # State: who waits for what; what is known; the timer of deadlines and of the cache, and when it rings; when the
-        # last block came.
+        # State: rows that may follow at a time; who waits for what; what is known, where answers are kept; the timer of
+        # deadlines and of the cache, and when it rings; when the last block came.
+        self._max_rows = 0
         self._flights = Flights()
-        self._cache = cache
+        self._cache: AnswerCache | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
         self._last_used = self._loop.time()
@@ -78,6 +73,19 @@ class SingleFlight:
     def is_idle_since(self, then: float) -> bool:
         """Whether nothing came, waited or flew since `then`."""
         return self._last_used < then and self._batcher.is_idle_since(then)
+
+    def apply(self, *, cache_ttl_s: float, cache_max_bytes: int, max_rows: int) -> None:
+        """Keep answers for so long, in so many bytes (0 s: none), and let so many rows follow."""
+        self._max_rows = max_rows
+        if not cache_ttl_s:
+            self._cache = None
+        elif self._cache is None or (self._cache.ttl_s, self._cache.max_bytes) != (cache_ttl_s, cache_max_bytes):
+            self._cache = AnswerCache(cache_ttl_s, cache_max_bytes)
+
+    def put_aside(self) -> None:
+        """New blocks go past it, to the batcher; it tells those who wait here."""
+        self._cache = None
+        self._batcher.on_dispatch = None
 
     def stop(self) -> None:
         """Ring no more; what is kept is of no more use."""

@@ -34,7 +34,7 @@ class AnswerCache:
 
     def __init__(self, ttl_s: float, max_bytes: int) -> None:
         self.ttl_s = ttl_s
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         # State: the answers, oldest first; where each row stands; the bytes of all.
         self._line: deque[_Kept] = deque()
         self._places: dict[bytes, tuple[_Kept, int]] = {}
@@ -62,7 +62,7 @@ class AnswerCache:
         kept.digests += digests
         self._places.update((digest, (kept, offset + number)) for number, digest in enumerate(digests))
         self._grow(kept, len(digests) * ROW_OVERHEAD_BYTES)
-        while self._nbytes > self._max_bytes:
+        while self._nbytes > self.max_bytes:
             self._forget_oldest()
 
     def expire(self, now: float) -> None:

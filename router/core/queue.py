@@ -54,6 +54,11 @@ class KeyQueue:
     def __repr__(self) -> str:
         return f"<KeyQueue {self.rows} rows in {self.blocks} blocks>"
 
+    def set_bounds(self, *, max_batch_rows: int, max_rows: int) -> None:
+        """Change what a batch takes and what may wait; what waits already stays."""
+        self.max_batch_rows = max_batch_rows
+        self._max_rows = max_rows
+
     @property
     def blocks(self) -> int:
         """Blocks that have rows waiting here."""

@@ -13,13 +13,13 @@ class VariableQueue(KeyQueue):
 
     def __init__(self, *, max_batch_rows: int, max_batch_bytes: int, max_rows: int, budget: Budget) -> None:
         super().__init__(max_batch_rows=max_batch_rows, max_rows=max_rows, budget=budget)
-        self._max_batch_bytes = max_batch_bytes
+        self.max_batch_bytes = max_batch_bytes
         self.nbytes = 0
 
     @property
     def is_full(self) -> bool:
         """Whether a whole batch waits: nothing that comes could still go with it."""
-        return self.rows >= self.max_batch_rows or self.nbytes >= self._max_batch_bytes
+        return self.rows >= self.max_batch_rows or self.nbytes >= self.max_batch_bytes
 
     def push(self, block: Block) -> None:
         """See KeyQueue."""
@@ -41,7 +41,7 @@ class VariableQueue(KeyQueue):
     def pop_batch(self) -> tuple[Part, ...]:
         """See KeyQueue; the last block is cut before the row that does not fit. A row that never fits goes alone."""
         taken: list[Part] = []
-        room, room_bytes = self.max_batch_rows, self._max_batch_bytes
+        room, room_bytes = self.max_batch_rows, self.max_batch_bytes
         while room and self._waiting:
             block, parts = next(iter(self._waiting.items()))
             fitting = _first(parts).rows_within(room_bytes)
@@ -51,7 +51,7 @@ class VariableQueue(KeyQueue):
             room -= part.rows
             room_bytes -= part.nbytes
             taken.append(part)
-        self._count(room - self.max_batch_rows, room_bytes - self._max_batch_bytes)
+        self._count(room - self.max_batch_rows, room_bytes - self.max_batch_bytes)
         self._drop_stale()
         return tuple(taken)
 
@@ -72,5 +72,19 @@ def make_queue(key: BatchKey, *, max_batch_rows: int, max_batch_bytes: int, max_
         return VariableQueue(
             max_batch_rows=max_batch_rows, max_batch_bytes=max_batch_bytes, max_rows=max_rows, budget=budget
         )
-    rows = max(1, min(max_batch_rows, max_batch_bytes // key.row_bytes))
+    rows = _batch_rows(key, max_batch_rows, max_batch_bytes)
     return KeyQueue(max_batch_rows=rows, max_rows=max_rows, budget=budget)
+
+
+def set_bounds(queue: KeyQueue, key: BatchKey, *, max_batch_rows: int, max_batch_bytes: int, max_rows: int) -> None:
+    """Change the bounds that `make_queue` gave."""
+    if isinstance(queue, VariableQueue):
+        queue.max_batch_bytes = max_batch_bytes
+        queue.set_bounds(max_batch_rows=max_batch_rows, max_rows=max_rows)
+    else:
+        queue.set_bounds(max_batch_rows=_batch_rows(key, max_batch_rows, max_batch_bytes), max_rows=max_rows)
+
+
+def _batch_rows(key: BatchKey, max_batch_rows: int, max_batch_bytes: int) -> int:
+    """Rows of the largest batch where all are equally wide."""
+    return max(1, min(max_batch_rows, max_batch_bytes // key.row_bytes))
