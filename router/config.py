@@ -66,6 +66,7 @@ class BackendSettings(Section):
 
     `max_in_flight_total`: the same over all models; each batch has a stream, and servers commonly allow no more.
     `ejection_s`: how long a replica that fails, or is three times as slow as its peers, gets no batch the first time.
+    `probe_interval_s`: how often a replica is asked whether it lives and is ready; 0: never.
     """
 
     addresses: list[RemoteAddress] = Field(min_length=1)
@@ -73,6 +74,7 @@ class BackendSettings(Section):
     max_in_flight: int = Field(4, ge=0)
     max_in_flight_total: Count = 1024
     ejection_s: PositiveSeconds = 30
+    probe_interval_s: Seconds = 4
 
     @model_validator(mode="after")
     def _check_addresses(self) -> Self:

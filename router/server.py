@@ -93,7 +93,12 @@ class RouterServer:
             max_message_bytes=self._settings.limits.max_backend_message_bytes,
             max_in_flight=backend.max_in_flight_total,
         )
-        rules = Rules(max_in_flight=backend.max_in_flight, ejection_s=backend.ejection_s)
+        rules = Rules(
+            max_in_flight=backend.max_in_flight,
+            ejection_s=backend.ejection_s,
+            probe_interval_s=backend.probe_interval_s,
+            batch_timeout_s=self._settings.batch_timeout_s,
+        )
         return ReplicaPool(connect, backend.addresses, rules)
 
     async def start(self) -> None:
