@@ -98,6 +98,7 @@ class RouterServer:
             ejection_s=backend.ejection_s,
             probe_interval_s=backend.probe_interval_s,
             batch_timeout_s=self._settings.batch_timeout_s,
+            resolve_interval_s=backend.resolve_interval_s,
         )
         return ReplicaPool(connect, backend.addresses, rules)
 

@@ -8,7 +8,7 @@ It moves whole batches: no gRPC, no callers, no rows. Decisions are plain calls;
 import asyncio
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from router.core.batch import check
@@ -17,6 +17,7 @@ from router.core.hedge import Hedging
 from router.core.types import Batch, BatchAnswer
 from router.dispatch.member import Backend, Member, Standing
 from router.dispatch.prober import Prober
+from router.dispatch.resolver import Resolver, open_source
 from router.dispatch.slots import CLOCK_SLACK_S, ModelSlots, Slot
 from router.errors import BackendError, BatchTimeout, Malformed, StreamLost
 
@@ -32,19 +33,21 @@ class Rules:
 
     `max_in_flight`: batches at a time per replica and model, 0: no limit. `ejection_s`: how long a replica that fails
     is left alone the first time. `probe_interval_s`: how often each is asked for a sign of life, 0: never.
-    `batch_timeout_s`: how long a batch may take of which nothing else is known.
+    `batch_timeout_s`: how long a batch may take of which nothing else is known. `resolve_interval_s`: how often names
+    are looked up again.
     """
 
     max_in_flight: int
     ejection_s: float
     probe_interval_s: float
     batch_timeout_s: float
+    resolve_interval_s: float
 
 
 class ReplicaPool:
-    """The replicas of one backend. `connect` makes one of an address, not started."""
+    """The replicas of one backend. `connect` makes one of an address, not started; `entries`: see `set_addresses`."""
 
-    def __init__(self, connect: Callable[[str], Backend], addresses: Iterable[str], rules: Rules) -> None:
+    def __init__(self, connect: Callable[[str], Backend], entries: Iterable[str], rules: Rules) -> None:
         self._connect = connect
         self._rules = rules
         self._max_in_flight = rules.max_in_flight
@@ -55,9 +58,10 @@ class ReplicaPool:
         self._peers: list[str] = []
         self._has_started = False
         self._closing: set[asyncio.Task[None]] = set()
+        self._resolver = Resolver(self._set_members, lambda entry: open_source(entry, rules.resolve_interval_s))
         # A model's slots live as long as one of its keys holds them.
         self._slots: weakref.WeakValueDictionary[tuple[str, str], ModelSlots] = weakref.WeakValueDictionary()
-        self.set_addresses(addresses)
+        self.set_addresses(entries)
 
     def __repr__(self) -> str:
         return f"<ReplicaPool {self._members!r}>"
@@ -75,9 +79,11 @@ class ReplicaPool:
         self._has_started = True
         for member in self._members:
             self._start(member)
+        self._resolver.start()
 
     async def aclose(self) -> None:
         """Let go of every replica."""
+        await self._resolver.aclose()
         for member in list(self._members):
             self._close(member)
         await asyncio.gather(*self._closing)
@@ -89,21 +95,13 @@ class ReplicaPool:
             slots = self._slots[model] = ModelSlots(self._members, self._max_in_flight)
         return slots
 
-    def set_addresses(self, addresses: Iterable[str]) -> None:
-        """Let replicas join and leave: who leaves gets no new batch, ends what it holds, and is closed then.
+    def set_addresses(self, entries: Iterable[str]) -> None:
+        """Let replicas join and leave; `entries` as in the settings: addresses, or where they come from.
 
-        Who comes back before that is the same replica as before, never a second one beside it.
+        Who leaves gets no new batch, ends what it holds, and is closed then. Who comes back before that is the same
+        replica as before, never a second one beside it.
         """
-        wanted = dict.fromkeys(addresses)
-        members = {member.address: member for member in self._members}
-        for address in wanted:
-            if address not in members:
-                self._join(Member(self._connect(address), self._rules.ejection_s, self._rules.batch_timeout_s))
-        for address, member in members.items():
-            member.is_leaving = address not in wanted
-            self._close_if_done(member)
-        self._peers = list(wanted)
-        self._replica_changed()
+        self._resolver.follow(entries)
 
     def set_max_in_flight(self, max_in_flight: int) -> None:
         """Change the slots per replica and model; what is in flight beyond them ends in its own time."""
@@ -135,6 +133,17 @@ class ReplicaPool:
 
     def _staying(self) -> list[Member]:
         return [member for member in self._members if not member.is_leaving]
+
+    def _set_members(self, addresses: Sequence[str]) -> None:
+        members = {member.address: member for member in self._members}
+        for address in addresses:
+            if address not in members:
+                self._join(Member(self._connect(address), self._rules.ejection_s, self._rules.batch_timeout_s))
+        for address, member in members.items():
+            member.is_leaving = address not in addresses
+            self._close_if_done(member)
+        self._peers = list(addresses)
+        self._replica_changed()
 
     def _join(self, member: Member) -> None:
         self._members.append(member)

@@ -134,7 +134,7 @@ def pool_of(
     """A pool of fakes, not started; those of `later` join when their addresses are set. Batches time out after 60 s."""
     by_address = {replica.address: replica for replica in (*replicas, *later)}
     addresses = [replica.address for replica in replicas]
-    rules = Rules(max_in_flight, ejection_s, probe_interval_s, batch_timeout_s=60.0)
+    rules = Rules(max_in_flight, ejection_s, probe_interval_s, batch_timeout_s=60.0, resolve_interval_s=5.0)
     return ReplicaPool(by_address.__getitem__, addresses, rules)
 
 
