@@ -28,6 +28,9 @@ BUILT_IN: dict[str, Any] = {
 # What holds for as long as the process lives: sockets, and what was told to each stream at its beginning.
 NEED_RESTART = ("listen", "metrics", "limits.max_message_bytes")
 
+DNS_PREFIX = "dns:///"
+FILE_PREFIX = "file:"
+
 
 class ConfigError(Exception):
     """The settings cannot be used; the message names every field at fault."""
@@ -42,14 +45,29 @@ def _check_address(address: str) -> str:
     return address
 
 
-def _check_remote(address: str) -> str:
+def check_remote(address: str) -> str:
+    """An address to connect to, as it is. Raises ValueError."""
     if _check_address(address).endswith(":0"):
         raise ValueError(f"{address!r} names no port to connect to")
     return address
 
 
+def _check_replicas(entry: str) -> str:
+    if entry.startswith(FILE_PREFIX):
+        if entry == FILE_PREFIX:
+            raise ValueError(f"{entry!r} names no file; it is file:PATH")
+    elif entry.startswith("dns:/"):
+        if not entry.startswith(DNS_PREFIX):
+            raise ValueError(f"{entry!r} is not dns:///NAME:PORT; another name server cannot be asked")
+        check_remote(entry.removeprefix(DNS_PREFIX))
+    else:
+        check_remote(entry)
+    return entry
+
+
 Address = Annotated[str, AfterValidator(_check_address)]
-RemoteAddress = Annotated[str, AfterValidator(_check_remote)]
+# HOST:PORT, or where addresses come from: dns:///NAME:PORT, file:PATH.
+Replicas = Annotated[str, AfterValidator(_check_replicas)]
 # Environment variables have no case, so what they name has none either.
 BackendName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -72,13 +90,17 @@ class BackendSettings(Section):
 
     `max_in_flight_total`: the same over all models; each batch has a stream, and servers commonly allow no more.
     `ejection_s`: how long a replica that fails, or is three times as slow as its peers, gets no batch the first time.
+    `probe_interval_s`: how often a replica is asked whether it lives and is ready; 0: never.
+    `resolve_interval_s`: how often names among the addresses are looked up again.
     """
 
-    addresses: list[RemoteAddress] = Field(min_length=1)
+    addresses: list[Replicas] = Field(min_length=1)
     protocol: Literal["stream"] = "stream"
     max_in_flight: int = Field(4, ge=0)
     max_in_flight_total: Count = 1024
     ejection_s: PositiveSeconds = 30
+    probe_interval_s: Seconds = 4
+    resolve_interval_s: PositiveSeconds = 5
 
     @model_validator(mode="after")
     def _check_addresses(self) -> Self:

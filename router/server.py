@@ -74,7 +74,13 @@ def make_pool(settings: Settings, backend: BackendSettings) -> ReplicaPool:
         max_message_bytes=settings.limits.max_backend_message_bytes,
         max_in_flight=backend.max_in_flight_total,
     )
-    rules = Rules(max_in_flight=backend.max_in_flight, ejection_s=backend.ejection_s)
+    rules = Rules(
+        max_in_flight=backend.max_in_flight,
+        ejection_s=backend.ejection_s,
+        probe_interval_s=backend.probe_interval_s,
+        batch_timeout_s=settings.batch_timeout_s,
+        resolve_interval_s=backend.resolve_interval_s,
+    )
     return ReplicaPool(connect, backend.addresses, rules)
 
 

@@ -8,8 +8,10 @@ smaller pool would, so it is ejected for a while and then tried with one small b
                          └──────────bad trial──────────┘
 
 What trips a closed breaker, after Envoy's outlier detection: `FAILURES_IN_A_ROW` failures, or more than half of its
-batches failed lately, or three of its last five batches took over `SLOW_RATIO` times what its peers need for them. The
-pool decides whether a tripped replica may be ejected (`may_eject`): never the last that is fit, at most half of all.
+batches failed lately, or three of its last five batches took over `SLOW_RATIO` times what its peers need for them. When
+all are slow of late, by a burst of load or by the router itself, a replica must be so much slower still: what its peers
+need is known from long experience, and `common_ratio` is how far they are from it just now. The pool decides whether a
+tripped replica may be ejected (`may_eject`): never the last that is fit, at most half of all.
 
 What is lost together is one failure. A connection that dies takes every batch on it along, and a router whose own loop
 stood still finds every batch late. So what was sent before the last bad end, or within `TOGETHER_S` of a failure, tells
@@ -20,7 +22,9 @@ Only what the replica is to blame for is told to its breaker: lost streams, batc
 that do not fit. A refusal is the model's own opinion, or back-pressure, and neither good nor bad.
 """
 
+import statistics
 from collections import deque
+from collections.abc import Iterable
 from enum import Enum, auto
 
 FAILURES_IN_A_ROW = 3
@@ -96,11 +100,12 @@ class Breaker:
         """Whether the replica is trusted."""
         return self.state is State.CLOSED
 
-    def answered(self, sent_at: float, now: float, ratio: float | None = None) -> None:
-        """A batch came back. `ratio`: its time to what its peers need for it; None while that is unknown."""
+    def answered(self, sent_at: float, now: float, ratio: float | None = None, common: float = 1.0) -> None:
+        """A batch came back. `ratio`: its time to what its peers need for it, None while that is unknown; `common`: see
+        `common_ratio`."""
         is_slow = ratio is not None and ratio > SLOW_RATIO
         if self.state is not State.CLOSED:
-            self._tried(sent_at, now, is_good=not is_slow)
+            self._tried(sent_at, now, is_good=ratio is None or ratio <= SLOW_RATIO * common)
         elif self._tells(sent_at):
             self._failures = 0
             self._count(0.0)
@@ -118,17 +123,21 @@ class Breaker:
             self._count(1.0)
             self._news_from = now + TOGETHER_S
 
-    @property
-    def trip(self) -> str | None:
-        """Why the replica should be ejected; None while it should not."""
+    def trip(self, common: float = 1.0) -> str | None:
+        """Why the replica should be ejected; None while it should not. `common`: see `common_ratio`."""
         if self.state is not State.CLOSED:
             return None
         if self._failures >= FAILURES_IN_A_ROW:
             return f"{self._failures} failures in a row"
         if self._batches >= MIN_BATCHES and self._failure_share > FAILURE_SHARE:
             return f"{100 * self._failure_share:.0f} % of its batches failed"
-        ratio = self._usual_ratio()
+        ratio = self._usual_ratio() / common
         return f"{ratio:.1f} times as slow as its peers" if ratio > SLOW_RATIO else None
+
+    @property
+    def recent_ratio(self) -> float | None:
+        """What two of its last batches have reached: high as soon as slowness begins. None before there are two."""
+        return sorted(self._ratios)[-2] if len(self._ratios) > 1 else None
 
     def eject(self, now: float) -> None:
         """Trust it no more until `until`."""
@@ -174,6 +183,15 @@ class Breaker:
 
     def _usual_ratio(self) -> float:
         return sorted(self._ratios)[RATIOS // 2] if len(self._ratios) == RATIOS else 0.0
+
+
+def common_ratio(others: Iterable[Breaker]) -> float:
+    """How slow the others are just now, against what is usual for them: 1 or more.
+
+    A slowness that is common reaches all at about the same time, but one of them is always the first.
+    """
+    ratios = [ratio for breaker in others if (ratio := breaker.recent_ratio) is not None]
+    return max(1.0, statistics.median(ratios)) if ratios else 1.0
 
 
 def may_eject(members: int, ejected: int, others_fit: int) -> bool:

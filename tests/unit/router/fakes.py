@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from router.core.batch import merge
+from router.core.pulse import Sign
 from router.core.types import Batch, BatchAnswer, Outputs, Part, Tensor
 from router.dispatch.pool import ReplicaPool, Rules
-from router.errors import BackendError, RouterError
+from router.errors import BackendError, RouterError, StreamLost
 
 
 def double(batch: Batch) -> Outputs:
@@ -61,6 +62,12 @@ class FakeBackend:
         self.is_closed = False
         self.service_s = service_s
         self.error: BackendError | None = None
+        # What probes find, after how long, and when they came; frozen: nothing is answered from now on.
+        self.sign = Sign.READY
+        self.probe_s = 0.01
+        self.probed_at: list[float] = []
+        self.is_frozen = False
+        self._lost = asyncio.Event()
         self._is_ready = is_ready
         self._on_change: Callable[[], None] = lambda: None
 
@@ -74,6 +81,8 @@ class FakeBackend:
 
     def set_ready(self, *, is_ready: bool) -> None:
         self._is_ready = is_ready
+        self._lost.set()
+        self._lost = asyncio.Event()
         self._on_change()
 
     def reserve(self) -> None:
@@ -94,18 +103,39 @@ class FakeBackend:
         sent = Sent(batch, loop.time(), loop.create_future())
         self.sent.append(sent)
         if self.service_s is not None:
-            loop.call_later(self.service_s, sent.end, self.error)
+            loop.call_later(self.service_s, self._end, sent)
         outputs = await sent.future
         return BatchAnswer(outputs, batch.id, batch.rows, self.address, sent.at, loop.time())
 
+    def _end(self, sent: Sent) -> None:
+        if not self.is_frozen:
+            sent.end(self.error)
+
+    def abandon(self) -> None:
+        for sent in self.sent:
+            sent.end(StreamLost("abandoned"))
+
+    async def probe(self) -> Sign:
+        self.probed_at.append(asyncio.get_running_loop().time())
+        await asyncio.sleep(self.probe_s)
+        if self.is_frozen:
+            await self._lost.wait()
+            return Sign.NONE
+        return self.sign
+
 
 def pool_of(
-    *replicas: FakeBackend, later: Sequence[FakeBackend] = (), max_in_flight: int = 1, ejection_s: float = 30.0
+    *replicas: FakeBackend,
+    later: Sequence[FakeBackend] = (),
+    max_in_flight: int = 1,
+    ejection_s: float = 30.0,
+    probe_interval_s: float = 0.0,
 ) -> ReplicaPool:
-    """A pool of fakes, not started; those of `later` join when their addresses are set."""
+    """A pool of fakes, not started; those of `later` join when their addresses are set. Batches time out after 60 s."""
     by_address = {replica.address: replica for replica in (*replicas, *later)}
     addresses = [replica.address for replica in replicas]
-    return ReplicaPool(by_address.__getitem__, addresses, Rules(max_in_flight, ejection_s))
+    rules = Rules(max_in_flight, ejection_s, probe_interval_s, batch_timeout_s=60.0, resolve_interval_s=5.0)
+    return ReplicaPool(by_address.__getitem__, addresses, rules)
 
 
 @dataclass(eq=False)

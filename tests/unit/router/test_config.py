@@ -68,6 +68,18 @@ def test_the_environment_alone_changes_the_default_backend(monkeypatch: pytest.M
     assert load().backends["mock"].addresses == ["a:1", "b:2"]
 
 
+def test_addresses_may_be_names_to_look_up_and_files() -> None:
+    given = [
+        "10.0.0.1:50061",
+        "dns:///models.local:50061",
+        "dns:///[::1]:50061",
+        "file:replicas.txt",
+        "file:/etc/replicas",
+    ]
+    settings = load(write(f"backends: {{mock: {{addresses: {given}}}}}\nmodels: [{{backend: mock}}]"))
+    assert settings.backends["mock"].addresses == given
+
+
 def test_the_first_model_that_matches_wins_and_none_means_not_served() -> None:
     settings = load(
         write("""
@@ -99,7 +111,26 @@ BASE = "backends: {mock: {addresses: ['h:1']}}\nmodels: [{backend: mock}]\n"
             "backends: {mock: {addresses: ['h']}}\nmodels: [{backend: mock}]",
             "backends.mock.addresses.0: 'h' is not HOST:PORT",
         ),
-        ("backends: {mock: {addresses: ['dns:///h:1']}}\nmodels: [{backend: mock}]", "is not HOST:PORT"),
+        (
+            "backends: {mock: {addresses: ['dns://8.8.8.8/h:1']}}\nmodels: [{backend: mock}]",
+            "backends.mock.addresses.0: 'dns://8.8.8.8/h:1' is not dns:///NAME:PORT",
+        ),
+        ("backends: {mock: {addresses: ['dns:///h']}}\nmodels: [{backend: mock}]", "'h' is not HOST:PORT"),
+        ("backends: {mock: {addresses: ['dns:///h:0']}}\nmodels: [{backend: mock}]", "names no port to connect to"),
+        ("backends: {mock: {addresses: ['file:']}}\nmodels: [{backend: mock}]", "names no file; it is file:PATH"),
+        ("backends: {mock: {addresses: ['h:1'], ejection_s: 0}}\nmodels: [{backend: mock}]", "mock.ejection_s: "),
+        (
+            "backends: {mock: {addresses: ['h:1'], probe_interval_s: -1}}\nmodels: [{backend: mock}]",
+            "probe_interval_s: ",
+        ),
+        (
+            "backends: {mock: {addresses: ['h:1'], resolve_interval_s: 0}}\nmodels: [{backend: mock}]",
+            "resolve_interval",
+        ),
+        (
+            "backends: {mock: {addresses: ['h:1'], max_in_flight_total: 0}}\nmodels: [{backend: mock}]",
+            "in_flight_total",
+        ),
         ("backends: {mock: {addresses: ['h:99999']}}\nmodels: [{backend: mock}]", "no port from 0 to 65535"),
         (
             "backends: {mock: {addresses: ['h:1'], protocol: unary}}\nmodels: [{backend: mock}]",

@@ -43,7 +43,10 @@ class Router:
         self.backends.start()
 
     def _make_pool(self, _: Settings, backend: BackendSettings) -> ReplicaPool:
-        return ReplicaPool(self._connect, backend.addresses, Rules(backend.max_in_flight, backend.ejection_s))
+        rules = Rules(
+            backend.max_in_flight, backend.ejection_s, probe_interval_s=0.0, batch_timeout_s=60.0, resolve_interval_s=5.0
+        )
+        return ReplicaPool(self._connect, backend.addresses, rules)
 
     def _connect(self, address: str) -> FakeBackend:
         replica = FakeBackend(address)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from router.core.breaker import Breaker, State, may_eject
+from router.core.breaker import Breaker, State, common_ratio, may_eject
 
 EJECTION_S = 30.0
 
@@ -28,7 +28,7 @@ class Patient:
             self.breaker.failed(sent_at, self.now)
 
     def eject(self) -> None:
-        assert self.breaker.trip
+        assert self.breaker.trip()
         self.breaker.eject(self.now)
 
     def go_to_trial(self) -> None:
@@ -39,9 +39,9 @@ class Patient:
 def test_two_failures_in_a_row_trip_nothing_and_the_third_does() -> None:
     patient = Patient()
     patient.fail(2)
-    assert patient.breaker.trip is None
+    assert patient.breaker.trip() is None
     patient.fail()
-    assert patient.breaker.trip == "3 failures in a row"
+    assert patient.breaker.trip() == "3 failures in a row"
 
 
 def test_an_answer_between_failures_begins_the_row_anew() -> None:
@@ -50,7 +50,7 @@ def test_an_answer_between_failures_begins_the_row_anew() -> None:
     patient.fail(2)
     patient.answer()
     patient.fail(1)
-    assert patient.breaker.trip is None
+    assert patient.breaker.trip() is None
 
 
 def test_more_than_half_failed_trips_from_the_fifth_batch_on() -> None:
@@ -58,9 +58,9 @@ def test_more_than_half_failed_trips_from_the_fifth_batch_on() -> None:
     patient.fail(2)
     patient.answer()
     patient.fail()
-    assert patient.breaker.trip is None  # three of four
+    assert patient.breaker.trip() is None  # three of four
     patient.fail()
-    assert patient.breaker.trip == "80 % of its batches failed"
+    assert patient.breaker.trip() == "80 % of its batches failed"
 
 
 def test_two_of_five_failed_trip_nothing_and_three_do() -> None:
@@ -70,7 +70,7 @@ def test_two_of_five_failed_trip_nothing_and_three_do() -> None:
             patient.fail()
             patient.answer()
         patient.fail() if last_fails else patient.answer()
-        assert patient.breaker.trip == ("60 % of its batches failed" if last_fails else None)
+        assert patient.breaker.trip() == ("60 % of its batches failed" if last_fails else None)
 
 
 def test_one_failure_in_ten_trips_nothing() -> None:
@@ -78,17 +78,17 @@ def test_one_failure_in_ten_trips_nothing() -> None:
     for _ in range(100):
         patient.answer(9)
         patient.fail()
-        assert patient.breaker.trip is None
+        assert patient.breaker.trip() is None
 
 
 def test_batches_that_were_out_together_are_one_failure() -> None:
     breaker = Breaker(EJECTION_S)
     for number in range(4):
         breaker.failed(sent_at=0.1 * number, now=10 + number)
-    assert breaker.trip is None
+    assert breaker.trip() is None
     for number in range(2):
         breaker.failed(sent_at=10.1 + 10 * number, now=20.0 + 10 * number)
-    assert breaker.trip == "3 failures in a row"
+    assert breaker.trip() == "3 failures in a row"
 
 
 def test_a_batch_sent_within_a_tenth_of_a_second_of_a_failure_is_lost_together_with_it() -> None:
@@ -97,7 +97,7 @@ def test_a_batch_sent_within_a_tenth_of_a_second_of_a_failure_is_lost_together_w
     breaker.failed(1.09, 1.1)
     breaker.failed(1.1, 2.0)
     breaker.failed(2.1, 3.0)
-    assert breaker.trip == "3 failures in a row"
+    assert breaker.trip() == "3 failures in a row"
 
 
 def test_good_ends_of_batches_that_were_out_with_a_failed_one_tell_nothing_either() -> None:
@@ -106,7 +106,7 @@ def test_good_ends_of_batches_that_were_out_with_a_failed_one_tell_nothing_eithe
     for round_ in range(3):
         breaker.failed(10.0 * round_, 10.0 * round_ + 5)
         breaker.answered(10.0 * round_, 10.0 * round_ + 6)
-    assert breaker.trip == "3 failures in a row"
+    assert breaker.trip() == "3 failures in a row"
 
 
 def test_three_of_the_last_five_batches_over_three_times_as_slow_trip() -> None:
@@ -114,24 +114,24 @@ def test_three_of_the_last_five_batches_over_three_times_as_slow_trip() -> None:
     patient.answer(20, ratio=1.0)
     for ratio in (3.1, 1.0, 3.2, 1.0):
         patient.answer(ratio=ratio)
-    assert patient.breaker.trip is None
+    assert patient.breaker.trip() is None
     patient.answer(ratio=3.3)
-    assert patient.breaker.trip == "3.1 times as slow as its peers"
+    assert patient.breaker.trip() == "3.1 times as slow as its peers"
 
 
 def test_exactly_three_times_as_slow_trips_nothing() -> None:
     patient = Patient()
     patient.answer(20, ratio=3.0)
-    assert patient.breaker.trip is None
+    assert patient.breaker.trip() is None
 
 
 def test_four_slow_batches_are_no_five() -> None:
     patient = Patient()
     for _ in range(4):
         patient.answer(ratio=5.0)
-    assert patient.breaker.trip is None
+    assert patient.breaker.trip() is None
     patient.answer(ratio=5.0)
-    assert patient.breaker.trip == "5.0 times as slow as its peers"
+    assert patient.breaker.trip() == "5.0 times as slow as its peers"
 
 
 def test_a_stall_of_the_router_makes_all_batches_late_and_is_one_slow_one() -> None:
@@ -140,7 +140,7 @@ def test_a_stall_of_the_router_makes_all_batches_late_and_is_one_slow_one() -> N
         breaker.answered(number, number + 1, 1.0)
     for _ in range(5):
         breaker.answered(sent_at=10.0, now=15.0, ratio=50.0)
-    assert breaker.trip is None
+    assert breaker.trip() is None
 
 
 def test_an_ejection_ends_on_time_and_not_before() -> None:
@@ -162,7 +162,7 @@ def test_a_good_trial_closes_and_forgets_what_was() -> None:
     patient.answer()
     assert patient.breaker.is_closed
     patient.fail(2)
-    assert patient.breaker.trip is None
+    assert patient.breaker.trip() is None
 
 
 @pytest.mark.parametrize("is_slow", [False, True])
@@ -226,3 +226,48 @@ def test_never_the_last_fit_one_and_at_most_half_are_ejected(
     members: int, ejected: int, others_fit: int, may: bool
 ) -> None:
     assert may_eject(members, ejected, others_fit) is may
+
+
+def test_when_the_others_are_slow_too_a_replica_must_be_slower_still() -> None:
+    slow = [Patient() for _ in range(4)]
+    for patient in slow[:3]:
+        patient.answer(3, ratio=1.0)
+        patient.answer(2, ratio=5.0)  # the third one is on its way
+    slow[3].answer(2, ratio=1.0)
+    slow[3].answer(3, ratio=5.0)
+    common = common_ratio(patient.breaker for patient in slow[:3])
+    assert common == 5.0
+    assert slow[3].breaker.trip()
+    assert slow[3].breaker.trip(common) is None
+    slow[3].answer(3, ratio=15.1)
+    assert slow[3].breaker.trip(common) == "3.0 times as slow as its peers"
+
+
+def test_a_slow_trial_is_good_when_all_are_as_slow() -> None:
+    breaker = Breaker(EJECTION_S)
+    breaker.eject(0.0)
+    breaker.wake(30.0)
+    breaker.answered(30.0, 40.0, 9.0, common=3.0)
+    assert breaker.is_closed
+
+
+@pytest.mark.parametrize(
+    ("ratios", "common"),
+    [
+        ([], 1.0),
+        ([[9.0]], 1.0),  # one slow batch is a chance
+        ([[9.0, 9.0]], 9.0),
+        ([[0.5, 0.5]], 1.0),
+        ([[1, 1, 1, 1, 9]], 1.0),
+        ([[1, 1, 1, 8, 9], [1, 1, 1, 1, 1], [1, 1]], 1.0),
+        ([[1, 1, 1, 8, 9], [1, 1, 1, 6, 6], [1, 1]], 6.0),
+    ],
+)
+def test_the_common_ratio_is_the_median_of_what_two_batches_of_each_have_reached(
+    ratios: list[list[float]], common: float
+) -> None:
+    patients = [Patient() for _ in ratios]
+    for patient, given in zip(patients, ratios, strict=True):
+        for ratio in given:
+            patient.answer(ratio=ratio)
+    assert common_ratio(patient.breaker for patient in patients) == common
