@@ -11,7 +11,7 @@ import asyncio
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from router.core.admission import Admission
 from router.core.batch import cut, split
@@ -23,7 +23,7 @@ from router.core.types import Batch, BatchAnswer, BatchKey, Block, Part
 from router.core.variable_queue import set_bounds
 from router.dispatch.pool import ReplicaPool
 from router.dispatch.slots import CLOCK_SLACK_S, ModelSlots, Slot
-from router.errors import BackendError, InternalError, ResourceExhausted, RouterError, Unavailable
+from router.errors import BackendError, DeadlineExceeded, InternalError, ResourceExhausted, RouterError, Unavailable
 from router.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -109,13 +109,23 @@ class Batcher:
         max_batch_rows: int,
         max_batch_bytes: int,
         max_rows: int,
+        max_bytes: int | None,
+        weights: Mapping[str, float],
+        patience_s: float,
         max_in_flight: int,
         max_queue_delay_s: float,
         retries: int,
     ) -> None:
         """Go on by other settings, with what waits, what flies and what was learned."""
         set_bounds(
-            self._queue, self._key, max_batch_rows=max_batch_rows, max_batch_bytes=max_batch_bytes, max_rows=max_rows
+            self._queue,
+            self._key,
+            max_batch_rows=max_batch_rows,
+            max_batch_bytes=max_batch_bytes,
+            max_rows=max_rows,
+            max_bytes=max_bytes,
+            weights=weights,
+            patience_s=patience_s,
         )
         self._policy = change_policy(self._policy, max_in_flight, max_queue_delay_s)
         self._retries = retries
@@ -124,6 +134,10 @@ class Batcher:
         self._admission.update(self._policy.service_times, self._slots.usable, self._slots.waiting_keys)
         if self._queue.rows:
             self._pump_soon()
+
+    def recount(self) -> None:
+        """Tell the budget what waits of each tenant, after its bounds have changed."""
+        self._queue.recount()
 
     def keep(self, block: Block, runs: Sequence[tuple[int, int]]) -> None:
         """Forget what waits of a block but these runs of rows."""
@@ -180,13 +194,37 @@ class Batcher:
             self._new_blocks = self._new_rows = 0
 
     def _expire(self, now: float) -> None:
-        """A call has one deadline, so the first of its rows that is found late ends all of it, here and elsewhere."""
+        """Answer the rows that cannot make it any more.
+
+        A call has one deadline, so the first of its rows that is found late ends all of it, here and elsewhere. Rows
+        that no call of the key was ever fast enough for fail alone: others of their call may be faster.
+        """
         for block in self._queue.pop_expired(now + CLOCK_SLACK_S):
             block.recipient.expire()
+        least_s = self._policy.service_times.least_s
+        if least_s:
+            self._give_up(self._queue.pop_infeasible(now + CLOCK_SLACK_S, least_s), "at least", least_s, now)
+
+    def _yield_seats(self, slots: ModelSlots, now: float) -> None:
+        """With more rows than seats those that will probably be late leave theirs to others, as far as there are any.
+
+        Slots without limit have a seat for everybody, and count none that is free.
+        """
+        queue = self._queue
+        likely_s = self._policy.service_times.likely_s(queue.seats) if queue.rows > queue.seats else 0.0
+        if likely_s and queue.wake_at - likely_s <= now + CLOCK_SLACK_S and (free := slots.count_free(now)) > 0:
+            parts = queue.pop_infeasible(now + CLOCK_SLACK_S, likely_s, queue.rows - free * queue.seats)
+            self._give_up(parts, "nine times out of ten up to", likely_s, now)
+
+    def _give_up(self, parts: Iterable[Part], how: str, service_s: float, now: float) -> None:
+        for part in parts:
+            left_s = max(part.block.deadline - now, 0.0)
+            message = f"{left_s:.3g} s are left to the deadline, and a call takes {how} {service_s:.3g} s"
+            _fail((part,), DeadlineExceeded(message))
 
     def _set_alarm(self) -> None:
-        """Ring at the next deadline or at the end of the hold; an alarm that is early enough already stays."""
-        at = min(self._queue.wake_at, self._hold.until if self._hold else math.inf)
+        """Ring when a row becomes infeasible or the hold ends; an alarm that is early enough already stays."""
+        at = min(self._queue.wake_at - self._policy.service_times.least_s, self._hold.until if self._hold else math.inf)
         if at < self._timer_at:
             if self._timer:
                 self._timer.cancel()
@@ -208,6 +246,7 @@ class Batcher:
     def take(self, slots: ModelSlots, now: float, max_rows: int | None) -> Batch | None:
         """See slots.Taker. Late rows are answered first, so none is dispatched."""
         self._expire(now)
+        self._yield_seats(slots, now)
         self._hold = None
         if not self._queue.rows:
             return None
@@ -216,7 +255,7 @@ class Batcher:
             self._set_alarm()
             slots.hold(self, lapses=self._hold.lapses_with_slots)
             return None
-        parts = self._queue.pop_batch()
+        parts = self._queue.pop_batch(now)
         if max_rows is not None:
             parts, rest = cut(parts, max_rows)
             self._queue.requeue(rest)

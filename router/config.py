@@ -73,6 +73,8 @@ BackendName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+# Further apart, and who has the least would wait for its turn for a thousand rounds.
+Weight = Annotated[float, Field(ge=0.001, le=1000)]
 # gRPC counts message bytes in an int32.
 MessageBytes = Annotated[int, Field(ge=1, lt=2**31)]
 # What a batch's message holds beside its rows: names, shapes, parameters.
@@ -125,6 +127,8 @@ class ModelSettings(Section):
     max_batch_size: Count = 64
     max_batch_bytes: Count = 8 * 1024 * 1024
     max_queue_delay_s: Seconds = 0.002
+    # Rows of class batch have the seats that interactive rows leave; after so long an eighth of the seats is theirs.
+    batch_class_patience_s: Seconds = 30
     # Further attempts of a row whose batch was lost or refused for lack of room; 0 for models with side effects.
     retries: int = Field(2, ge=0, le=10)
     # The input tensor that native rows arrive in, and the output they are read from (null: `output`, else the first).
@@ -151,7 +155,11 @@ class ModelSettings(Section):
 
 
 class LimitSettings(Section):
-    """What one caller may ask for and what may wait; past each limit stands a clear error."""
+    """What one caller may ask for and what may wait; past each limit stands a clear error.
+
+    What may wait is bounded by key (`max_queued_rows`, `max_key_bytes`), for the whole process (`max_process_rows`,
+    `max_queued_bytes`) and by tenant over all keys (`max_tenant_rows`, `max_tenant_bytes`); null: no bound of its own.
+    """
 
     max_agents: Count = 1024
     max_vector_length: Count = 65_536
@@ -161,6 +169,10 @@ class LimitSettings(Section):
     max_open_calls: Count = 16_384
     max_queued_rows: Count = 65_536
     max_queued_bytes: Count = 256 * 1024 * 1024
+    max_key_bytes: Count | None = None
+    max_process_rows: Count | None = 1_048_576
+    max_tenant_rows: Count | None = None
+    max_tenant_bytes: Count | None = None
     max_keys: Count = 10_000
     key_idle_s: PositiveSeconds = 600
 
@@ -187,6 +199,10 @@ class Settings(BaseSettings):
     batch_timeout_s: PositiveSeconds = 60
     drain_delay_s: Seconds = 3
     drain_timeout_s: Seconds = 30
+    # Whether callers may say whose their rows are; if not, all are of one tenant.
+    trust_tenant: bool = False
+    # Shares of the seats while several tenants wait; 1 for who is not named.
+    tenant_weights: dict[str, Weight] = {}
     limits: LimitSettings = LimitSettings()
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

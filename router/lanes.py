@@ -17,8 +17,8 @@ from typing import Protocol
 
 from router.batcher import Batcher
 from router.config import ModelSettings, Settings
+from router.core.budget import Budget
 from router.core.policy import choose_policy
-from router.core.queue import Budget
 from router.core.types import BatchKey, Block
 from router.core.variable_queue import make_queue
 from router.dispatch.pool import ReplicaPool
@@ -69,6 +69,7 @@ class Lanes:
         self._sites: dict[BatchKey, _Site] = {}
         self._retired: list[_Site] = []
         self.budget = Budget(settings.limits.max_queued_bytes)
+        self._set_budget()
         self._sweep_timer = self._loop.call_later(settings.limits.key_idle_s, self._sweep)
         self._tidy_timer: asyncio.TimerHandle | None = None
 
@@ -90,7 +91,9 @@ class Lanes:
     def apply(self, settings: Settings) -> None:
         """Go on by other settings; `pools` has them already."""
         self._settings = settings
-        self.budget.max_bytes = settings.limits.max_queued_bytes
+        self._set_budget()
+        for site in self._all():
+            site.batcher.recount()
         for key, site in list(self._sites.items()):
             model = settings.route(key.model_name, key.agent_type)
             if model is None or site.pool is not self._pools[model.backend]:
@@ -99,6 +102,15 @@ class Lanes:
                 self._configure(key, site, model)
         self._sweep_timer.cancel()
         self._sweep()
+
+    def _set_budget(self) -> None:
+        limits = self._settings.limits
+        self.budget.set_bounds(
+            limits.max_queued_bytes,
+            max_rows=limits.max_process_rows,
+            max_tenant_rows=limits.max_tenant_rows,
+            max_tenant_bytes=limits.max_tenant_bytes,
+        )
 
     def uses(self, pool: ReplicaPool) -> bool:
         """Whether rows may still go there, or are there."""
@@ -124,6 +136,9 @@ class Lanes:
                 max_batch_bytes=model.max_batch_bytes,
                 max_rows=self._settings.limits.max_queued_rows,
                 budget=self.budget,
+                max_bytes=self._settings.limits.max_key_bytes,
+                weights=self._settings.tenant_weights,
+                patience_s=model.batch_class_patience_s,
             ),
             policy=choose_policy(backend.max_in_flight, model.max_queue_delay_s),
             pool=self._pools[model.backend],
@@ -138,6 +153,9 @@ class Lanes:
             max_batch_rows=model.max_batch_size,
             max_batch_bytes=model.max_batch_bytes,
             max_rows=self._settings.limits.max_queued_rows,
+            max_bytes=self._settings.limits.max_key_bytes,
+            weights=self._settings.tenant_weights,
+            patience_s=model.batch_class_patience_s,
             max_in_flight=self._settings.backends[model.backend].max_in_flight,
             max_queue_delay_s=model.max_queue_delay_s,
             retries=model.retries,

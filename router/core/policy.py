@@ -14,7 +14,8 @@ applies; a hold always has an end, and a full batch is never held. Four holds; r
 
 The last two wait for as long as the service time makes worth while, up to 0.35 S, or S between two slots; so they begin
 only when `service_time.MIN_CALLS` calls of the key were measured. A hold below 1 ms is not worth a timer, and calls
-below `service_time.FAST_S` are worth gathering only. Zero for `max_queue_delay_s` turns all four off.
+below `service_time.FAST_S` are worth gathering only. Zero for `max_queue_delay_s` turns all four off. Every hold ends
+when the most urgent row needs its time: S_p90 before its deadline.
 
 Backends without a limit of slots have no "busy" to gather behind; for them stands the plain `Window`.
 
@@ -144,6 +145,8 @@ class WorkConserving:
     def hold(self, view: View, now: float) -> Hold | None:
         """See Policy."""
         hold = None if view.is_full or not self._max_queue_delay_s else self._first_hold(view, now)
+        if hold is not None:
+            hold = _in_time(hold, view, self.service_times, now)
         if hold is None and self._wave:
             self._wave.released()
         return hold
@@ -215,7 +218,15 @@ class Window:
     def hold(self, view: View, now: float) -> Hold | None:
         """See Policy."""
         until = view.oldest_at + self._max_queue_delay_s
-        return Hold(until) if until > now and not view.is_full else None
+        return _in_time(Hold(until), view, self.service_times, now) if until > now and not view.is_full else None
+
+
+def _in_time(hold: Hold, view: View, times: ServiceTimes, now: float) -> Hold | None:
+    """The hold, ended before it costs the most urgent row its deadline; None: that is now."""
+    latest = view.deadline - times.likely_s(view.rows)
+    if hold.until <= latest:
+        return hold
+    return Hold(latest, hold.lapses_with_slots) if latest > now else None
 
 
 def choose_policy(max_in_flight: int, max_queue_delay_s: float) -> Policy:

@@ -187,6 +187,15 @@ class ServiceTimes:
         """Whether enough calls were measured to rely on."""
         return self.overall.calls >= MIN_CALLS
 
+    @property
+    def least_s(self) -> float:
+        """No answer can be hoped for earlier; 0 before enough calls were measured."""
+        return self.overall.min_s if self.is_settled else 0.0
+
+    def likely_s(self, rows: int) -> float:
+        """S_p90 of a batch of `rows` on any replica; 0 before enough calls were measured."""
+        return self.overall.predict_p90(rows) if self.is_settled else 0.0
+
     def of(self, replica: str) -> ServiceLine:
         """The line of a replica; that of all while it has too few calls of its own."""
         line = self._lines.get(replica)

@@ -14,14 +14,15 @@ import math
 import random
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from router.core.admission import Admission
 from router.core.balance import Load, choose
+from router.core.budget import Budget
 from router.core.policy import Hold, Policy, View
-from router.core.queue import Budget, KeyQueue
-from router.core.types import BatchAnswer, BatchKey, Block, Part
+from router.core.queue import DEFAULT_PATIENCE_S, KeyQueue
+from router.core.types import DEFAULT_TENANT, BatchAnswer, BatchKey, Block, Part
 from router.errors import DeadlineExceeded, ResourceExhausted, RouterError
 
 ServiceTime = Callable[[random.Random, int], float]
@@ -37,6 +38,8 @@ class Arrival:
     key: str = ""
     timeout_s: float = math.inf
     caller: int = -1
+    tenant: str = DEFAULT_TENANT
+    is_batch_class: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,10 @@ class ClosedLoop:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is simulated. `max_queued_rows`: per key. What happens in the first `warm_up_s` is in no count."""
+    """What is simulated. `max_queued_rows`: per key. What happens in the first `warm_up_s` is in no count.
+
+    `tenant_weights`, `batch_class_patience_s`: see KeyQueue.
+    """
 
     policy: Callable[[], Policy]
     service_s: ServiceTime
@@ -58,6 +64,8 @@ class Setup:
     max_in_flight: int = 1
     max_batch_size: int = 64
     max_queued_rows: int = 65_536
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    batch_class_patience_s: float = DEFAULT_PATIENCE_S
     closed_loop: ClosedLoop | None = None
     warm_up_s: float = 0.0
     seed: int = 0
@@ -218,7 +226,8 @@ class Simulation:
             self._next_arrival()
         key = self._keys.get(arrival.key) or self._new_key(arrival.key)
         deadline = now + arrival.timeout_s
-        block = Block(key.key, arrival.caller, 0, arrival.rows, (), 0, now, deadline, _NOBODY)
+        whose = arrival.tenant, arrival.is_batch_class
+        block = Block(key.key, arrival.caller, 0, arrival.rows, (), 0, now, deadline, _NOBODY, *whose)
         is_counted = now >= self._setup.warm_up_s
         self.outcome.arrived_rows += is_counted * arrival.rows
         try:
@@ -233,7 +242,14 @@ class Simulation:
 
     def _new_key(self, name: str) -> _Key:
         setup = self._setup
-        queue = KeyQueue(max_batch_rows=setup.max_batch_size, max_rows=setup.max_queued_rows, budget=self._budget)
+        queue = KeyQueue(
+            max_batch_rows=setup.max_batch_size,
+            max_rows=setup.max_queued_rows,
+            row_bytes=0,
+            budget=self._budget,
+            weights=setup.tenant_weights,
+            patience_s=setup.batch_class_patience_s,
+        )
         key = self._keys[name] = _Key(
             BatchKey("model", "", name, ()), queue, setup.policy(), Admission(setup.max_batch_size)
         )
@@ -267,18 +283,36 @@ class Simulation:
         self._set_alarm(key)
 
     def _expire(self, key: _Key, now: float) -> None:
+        """As in the batcher; what expires and what is given up count alike."""
         for block in key.queue.pop_expired(now):
             self.outcome.expired_rows += (now >= self._setup.warm_up_s) * block.rows
             self._return_caller(block, now)
+        least_s = key.policy.service_times.least_s
+        if least_s:
+            self._give_up(key.queue.pop_infeasible(now, least_s), now)
+
+    def _yield_seats(self, key: _Key, now: float) -> None:
+        queue = key.queue
+        likely_s = key.policy.service_times.likely_s(queue.seats)
+        if likely_s:
+            free = self.count_free(now)
+            self._give_up(queue.pop_infeasible(now, likely_s, queue.rows - free * queue.seats), now)
+
+    def _give_up(self, parts: Iterable[Part], now: float) -> None:
+        for part in parts:
+            self.outcome.expired_rows += (now >= self._setup.warm_up_s) * part.rows
+            if part.first + part.rows == part.block.rows:
+                self._return_caller(part.block, now)
 
     def _set_alarm(self, key: _Key) -> None:
-        at = min(key.queue.wake_at, key.hold.until if key.hold else math.inf)
+        at = min(key.queue.wake_at - key.policy.service_times.least_s, key.hold.until if key.hold else math.inf)
         if at < key.alarm_at:
             key.alarm_at = at
             self._at(at, key)
 
     def _take(self, key: _Key, now: float) -> tuple[Part, ...]:
         self._expire(key, now)
+        self._yield_seats(key, now)
         key.hold = None
         queue = key.queue
         if not queue.rows:
@@ -286,7 +320,7 @@ class Simulation:
         view = View(queue.blocks, queue.rows, queue.oldest_at, queue.wake_at, queue.is_full, key.blocks_in_flight, self)
         key.hold = key.policy.hold(view, now)
         if key.hold is None:
-            return queue.pop_batch()
+            return queue.pop_batch(now)
         self._set_alarm(key)
         (self._held if key.hold.lapses_with_slots else self._resting)[key] = None
         return ()

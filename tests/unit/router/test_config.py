@@ -152,6 +152,9 @@ BASE = "backends: {mock: {addresses: ['h:1']}}\nmodels: [{backend: mock}]\n"
         (BASE + "default_timeout_s: 0", "default_timeout_s: Input should be greater than 0"),
         (BASE + "max_timeout_s: .nan", "max_timeout_s: "),
         (BASE + "limits: {max_keys: 0}", "limits.max_keys: "),
+        (BASE + "limits: {max_tenant_rows: 0}", "limits.max_tenant_rows: "),
+        (BASE + "tenant_weights: {gold: 0}", "tenant_weights.gold: "),
+        (BASE + "tenant_weights: {gold: .inf}", "tenant_weights.gold: "),
         (BASE + "limits: {max_kees: 1}", "limits.max_kees: "),
         (BASE + "log_requests: some", "log_requests: "),
         (

@@ -11,6 +11,7 @@ import pytest
 from router.batcher import Batcher
 from router.config import Settings
 from router.core.batch import merge, rows_of
+from router.core.service_time import MIN_CALLS
 from router.core.types import BatchAnswer, BatchKey, Block, Part, Tensor
 from router.core.variable import VariableBlock
 from router.dataplane import Call, DataPlane
@@ -296,6 +297,114 @@ async def test_a_deadline_keeps_the_rows_that_were_answered_and_drops_those_that
         assert "0 rows queued" in repr(plane.plane)
 
 
+async def settled(plane: Plane, backend: FakeBackend, service_s: float = 1.0) -> None:
+    """Let the key's service time be known: constant, over enough calls."""
+    for _ in range(MIN_CALLS):
+        await settled_once(plane, backend, service_s)
+
+
+async def settled_once(plane: Plane, backend: FakeBackend, service_s: float) -> None:
+    plane.call([0])
+    await settle()
+    await asyncio.sleep(service_s)
+    backend.sent.pop().answer()
+    await settle()
+
+
+async def test_a_row_with_less_time_than_any_call_took_is_answered_at_once_and_never_sent() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        await settled(plane, backend)
+        start = plane.loop.time()
+        hopeless, hopeful = plane.call([1], timeout_s=0.9), plane.call([2], timeout_s=1.1)
+        await settle()
+        assert isinstance(error := hopeless.reply.failures[0, 0], DeadlineExceeded)
+        assert error.message == "the model takes 1 s at least, 0.9 s are left"
+        assert hopeless.reply.ended_at == start
+        assert [sent.values for sent in backend.sent] == [[2]]
+        backend.sent[0].answer()
+        await settle()
+        assert hopeful.values == [4]
+
+
+async def test_before_enough_calls_were_measured_a_row_may_try() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        plane.call([1])
+        await settle()
+        await asyncio.sleep(1)
+        backend.sent.pop().answer()
+        await settle()
+        plane.call([2], timeout_s=0.5)
+        await settle()
+        assert [sent.values for sent in backend.sent] == [[2]]
+
+
+async def test_a_row_that_waits_is_given_up_when_a_call_would_be_too_late_and_not_before() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        await settled(plane, backend)
+        busy = plane.call([1])
+        await settle()
+        waiting, waiting_too = plane.call([2], timeout_s=2.0), plane.call([3], timeout_s=60.0)
+        await settle()
+        start = plane.loop.time()
+        await asyncio.sleep(0.99)
+        assert waiting.reply.ended_at is None
+        await asyncio.sleep(0.02)
+        assert waiting.reply.ended_at == pytest.approx(start + 1.0, abs=0.001)
+        backend.sent[0].answer()
+        await settle()
+        assert [sent.values for sent in backend.sent[1:]] == [[3]]
+        assert (busy.values, waiting_too.reply.ended_at) == ([2], None)
+
+
+async def test_only_the_infeasible_rows_of_a_call_fail() -> None:
+    slow, fast = FakeBackend("slow:1"), FakeBackend("fast:1")
+    other = make_key(model="other")
+    async with plane_of(slow, fast) as plane:
+        await settled(plane, slow)
+        call = plane.call([1], (other, [2]), timeout_s=0.5)
+        await settle()
+        assert list(call.reply.failures) == [(0, 0)]
+        (sent,) = slow.sent + fast.sent
+        sent.answer()
+        await settle()
+        assert call.values == [4]
+        assert call.reply.closed_by is None
+
+
+async def test_with_more_rows_than_seats_those_that_will_probably_be_late_leave_theirs_to_others() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        for service_s in (0.5, 1.0) * (MIN_CALLS // 2):
+            await settled_once(plane, backend, service_s)
+        plane.call([0])
+        await settle()
+        tight, loose = plane.call([1, 2, 3], timeout_s=1.7), plane.call([4, 5], timeout_s=60.0)
+        await settle()
+        await asyncio.sleep(1.0)
+        backend.sent.pop().answer()
+        await settle()
+        assert [sent.values for sent in backend.sent] == [[1, 2, 4, 5]]
+        assert list(tight.reply.failures) == [(0, 2)]
+        assert "nine times out of ten up to" in tight.reply.failures[0, 2].message
+        backend.sent[0].answer()
+        await settle()
+        assert (tight.values, loose.values) == ([2, 4], [8, 10])
+
+
+async def test_with_a_seat_for_everybody_a_row_that_will_probably_be_late_may_try() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend, slots=2) as plane:
+        for service_s in (0.5, 1.0) * (MIN_CALLS // 2):
+            await settled_once(plane, backend, service_s)
+        plane.call([1, 2, 3], timeout_s=0.7)
+        plane.call([4, 5], timeout_s=60.0)
+        await settle()
+        assert [sent.values for sent in backend.sent] == [[1, 2, 3, 4], [5]]
+
+
 async def test_a_cancelled_call_leaves_the_queue_and_its_neighbours_are_unharmed() -> None:
     backend = FakeBackend()
     async with plane_of(backend) as plane:
@@ -551,6 +660,27 @@ async def test_past_the_queues_bound_the_time_to_retry_follows_from_the_drain_ra
         error = plane.call([4, 5]).reply.failures[0, 0]
         assert isinstance(error, ResourceExhausted)
         assert (error.reason, error.retry_after_s) == ("queue_rows", 2.5)  # two rows at four in 5 s
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"max_key_bytes": 8}, "key_bytes"),
+        ({"max_process_rows": 2}, "process_rows"),
+        ({"max_tenant_rows": 2}, "tenant_rows"),
+        ({"max_tenant_bytes": 8}, "tenant_bytes"),
+    ],
+)
+async def test_every_bound_that_is_set_refuses_and_counts(limits: dict[str, int], reason: str) -> None:
+    backend = FakeBackend()
+    async with plane_of(backend, limits=limits) as plane:
+        plane.call([0])
+        await settle()
+        plane.call([1, 2])
+        error = plane.call([7]).reply.failures[0, 0]
+        assert isinstance(error, ResourceExhausted)
+        assert (error.reason, error.retry_after_s) == (reason, 1.0)
+        assert plane.count("router_refusals_total", reason=reason) == 1
 
 
 async def test_past_the_bound_of_keys_a_new_key_is_refused_until_an_idle_one_is_forgotten() -> None:

@@ -44,7 +44,11 @@ class Router:
 
     def _make_pool(self, _: Settings, backend: BackendSettings) -> ReplicaPool:
         rules = Rules(
-            backend.max_in_flight, backend.ejection_s, probe_interval_s=0.0, batch_timeout_s=60.0, resolve_interval_s=5.0
+            backend.max_in_flight,
+            backend.ejection_s,
+            probe_interval_s=0.0,
+            batch_timeout_s=60.0,
+            resolve_interval_s=5.0,
         )
         return ReplicaPool(self._connect, backend.addresses, rules)
 

@@ -1,11 +1,12 @@
 """The release rules, one step before each boundary and one step on it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 
-from router.core.policy import Hold, View, Window, WorkConserving, choose_policy
+from router.core.policy import Hold, Policy, View, Window, WorkConserving, choose_policy
 from router.core.service_time import MIN_CALLS
 
 
@@ -209,3 +210,20 @@ def test_a_window_waits_for_its_delay_or_a_full_batch() -> None:
 def test_the_policy_follows_from_the_slots() -> None:
     assert isinstance(choose_policy(4, 0.002), WorkConserving)
     assert isinstance(choose_policy(0, 0.002), Window)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: WorkConserving(0.01, even_gap=False, return_wave=False), lambda: Window(0.01)]
+)
+def test_a_hold_ends_when_the_most_urgent_row_needs_its_time(make: Callable[[], Policy]) -> None:
+    policy = make()
+    for _ in range(MIN_CALLS):
+        policy.completed("r", 1, 1.0, 0.0)
+    assert policy.hold(view(deadline=101.01, oldest_at=100.0), 100.0) == Hold(
+        100.01, isinstance(policy, WorkConserving)
+    )
+    hold = policy.hold(view(deadline=101.004, oldest_at=100.0), 100.0)
+    assert hold is not None
+    assert hold.until == pytest.approx(100.004)
+    assert policy.hold(view(deadline=101.004, oldest_at=100.0), hold.until) is None
+    assert policy.hold(view(deadline=100.9, oldest_at=100.0), 100.0) is None

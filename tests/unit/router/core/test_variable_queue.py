@@ -1,12 +1,15 @@
 """Rows that differ in width: blocks, batches that close by bytes, bounds in real bytes."""
 
+import functools
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from router.core.batch import merge
-from router.core.queue import Budget, KeyQueue
+from router.core.budget import Budget
+from router.core.queue import KeyQueue
 from router.core.types import BatchKey, Part, TensorSpec
 from router.core.variable import VariableBlock
 from router.core.variable_queue import VariableQueue, make_queue
@@ -20,17 +23,17 @@ def make(max_batch_rows: int = 4, max_batch_bytes: int = 1000, max_bytes: int = 
 
 
 def test_a_key_gets_the_queue_that_fits_its_rows() -> None:
-    limits = {"max_batch_rows": 64, "max_batch_bytes": 16, "max_rows": 100}
-    assert isinstance(make_queue(TEXT_KEY, budget=Budget(1000), **limits), VariableQueue)
-    assert type(make_queue(make_key(dim=4), budget=Budget(1000), **limits)) is KeyQueue
+    make_one = functools.partial(make_queue, max_batch_rows=64, max_batch_bytes=16, max_rows=100, budget=Budget(1000))
+    assert isinstance(make_one(TEXT_KEY), VariableQueue)
+    assert type(make_one(make_key(dim=4))) is KeyQueue
 
 
 def test_a_batch_closes_at_its_rows() -> None:
     queue = make(max_batch_rows=3)
     queue.push(make_texts("a", "b"))
     queue.push(make_texts("c", "d"))
-    assert texts_of(queue.pop_batch()) == ["a", "b", "c"]
-    assert texts_of(queue.pop_batch()) == ["d"]
+    assert texts_of(queue.pop_batch(0.0)) == ["a", "b", "c"]
+    assert texts_of(queue.pop_batch(0.0)) == ["d"]
 
 
 @pytest.mark.parametrize(("max_batch_bytes", "first"), [(19, ["aaaa"]), (20, ["aaaa", "bbbbbbbb"])])
@@ -38,22 +41,22 @@ def test_a_batch_closes_at_its_bytes_length_prefixes_included(max_batch_bytes: i
     queue = make(max_batch_bytes=max_batch_bytes)
     queue.push(make_texts("aaaa"))
     queue.push(make_texts("bbbbbbbb", "c"))
-    assert texts_of(queue.pop_batch()) == first
-    assert texts_of(queue.pop_batch()) == ["aaaa", "bbbbbbbb", "c"][len(first) :]
+    assert texts_of(queue.pop_batch(0.0)) == first
+    assert texts_of(queue.pop_batch(0.0)) == ["aaaa", "bbbbbbbb", "c"][len(first) :]
 
 
 def test_a_block_is_cut_where_the_bytes_end_and_its_rest_leads_the_next_batch() -> None:
     queue = make(max_batch_rows=10, max_batch_bytes=30)
     queue.push(make_texts("1" * 10, "2" * 10, "3" * 20, "4"))
-    assert [texts_of(queue.pop_batch()) for _ in range(3)] == [["1" * 10, "2" * 10], ["3" * 20, "4"], []]
+    assert [texts_of(queue.pop_batch(0.0)) for _ in range(3)] == [["1" * 10, "2" * 10], ["3" * 20, "4"], []]
 
 
 def test_a_row_wider_than_a_batch_goes_alone() -> None:
     """It is refused on arrival; should one ever get here, it must not stay for ever."""
     queue = make(max_batch_bytes=10)
     queue.push(make_texts("a" * 50, "b"))
-    assert texts_of(queue.pop_batch()) == ["a" * 50]
-    assert texts_of(queue.pop_batch()) == ["b"]
+    assert texts_of(queue.pop_batch(0.0)) == ["a" * 50]
+    assert texts_of(queue.pop_batch(0.0)) == ["b"]
 
 
 @pytest.mark.parametrize(("texts", "is_full"), [("ab", False), ("abcd", True)])
@@ -83,7 +86,7 @@ def test_bounds_count_real_bytes_and_whoever_leaves_frees_them() -> None:
     queue.discard(waiting)
     assert queue.nbytes == 0
     queue.push(make_texts("x" * 36))
-    assert texts_of(queue.pop_batch()) == ["x" * 36]
+    assert texts_of(queue.pop_batch(0.0)) == ["x" * 36]
     assert queue.nbytes == 0
 
 
@@ -91,20 +94,34 @@ def test_a_cut_block_that_is_discarded_gives_back_only_what_still_waited() -> No
     queue = make(max_batch_rows=1)
     block = make_texts("long one", "x", "yy")
     queue.push(block)
-    queue.pop_batch()
+    queue.pop_batch(0.0)
     assert queue.nbytes == 11
     assert queue.discard(block) == 2
     assert queue.nbytes == 0
 
 
+def test_infeasible_texts_give_their_bytes_back() -> None:
+    queue = make()
+    queue.push(make_texts("a", "bb", "ccc", deadline=5.0))
+    assert texts_of(tuple(queue.pop_infeasible(4.0, 1.0, most=2))) == ["bb", "ccc"]
+    assert (queue.rows, queue.nbytes) == (1, 5)
+
+
+@pytest.mark.parametrize(("width", "seats"), [(6, 4), (16, 2), (36, 1), (96, 1)])
+def test_a_batch_has_as_many_seats_as_rows_of_the_common_width_fit(width: int, seats: int) -> None:
+    queue = make(max_batch_rows=4, max_batch_bytes=40)
+    queue.push(make_texts(*["x" * width] * 3))
+    assert queue.seats == seats
+
+
 def test_requeued_rows_keep_their_texts_and_count_their_attempts() -> None:
     queue = make(max_batch_rows=2)
     queue.push(make_texts("a", "bb", "ccc"))
-    lost = queue.pop_batch()
+    lost = queue.pop_batch(0.0)
     queue.requeue([part.tried() for part in lost])
-    again = queue.pop_batch()
+    again = queue.pop_batch(0.0)
     assert (texts_of(again), again[0].attempts) == (["a", "bb"], 1)
-    assert texts_of(queue.pop_batch()) == ["ccc"]
+    assert texts_of(queue.pop_batch(0.0)) == ["ccc"]
 
 
 def test_texts_of_many_blocks_merge_to_one_tensor() -> None:
@@ -149,7 +166,7 @@ class QueueAgainstModel(RuleBasedStateMachine):
 
     @rule(target=batches)
     def pop(self) -> tuple[Part, ...]:
-        parts = self.queue.pop_batch()
+        parts = self.queue.pop_batch(0.0)
         taken = [(part.block, row) for part in parts for row in range(part.first, part.first + part.rows)]
         rows, room = 0, self.max_batch_bytes
         for _, _, width in self.model[: self.max_batch_rows]:

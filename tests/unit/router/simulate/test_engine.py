@@ -65,15 +65,21 @@ def test_callers_in_a_closed_loop_ask_again_after_their_answer() -> None:
     assert list(outcome.batch_starts_s) == pytest.approx([0.25, 1.0, 1.75, 2.5])
 
 
+PER_ROW_S = 0.02
+PATIENCE_S = 1.5
+WEIGHTS = {"gold": 3.0}
+
+
 class Taped(FakeBackend):
-    """A backend that answers after SERVICE_S and notes when each batch began."""
+    """A backend that answers after SERVICE_S, and PER_ROW_S for each row, and notes its batches."""
 
     def __init__(self, address: str) -> None:
-        super().__init__(address, service_s=SERVICE_S)
+        super().__init__(address)
         self.tape: list[tuple[float, int]] = []
 
     async def infer(self, batch: Batch) -> BatchAnswer:
         self.tape.append((asyncio.get_running_loop().time(), batch.rows))
+        self.service_s = SERVICE_S + PER_ROW_S * batch.rows
         return await super().infer(batch)
 
 
@@ -83,14 +89,29 @@ def mixed_arrivals() -> Iterator[Arrival]:
     now = 0.0
     while now < 60:
         now += chance.expovariate(4 if int(now / 10) % 2 else 20)
-        yield Arrival(now, chance.randint(1, 2), chance.choice("aaaaaaab") if now > 30 else "a")
+        yield Arrival(now, chance.randint(1, 2), chance.choice("aaaaaaab") if now > 30 else "a", timeout_s=600.0)
 
 
-async def serve(arrivals: list[Arrival]) -> list[tuple[float, int]]:
-    """Give the arrivals to the running router with two replicas of one slot; the batches."""
+def urgent_arrivals() -> Iterator[Arrival]:
+    """As many rows as there are seats, now and then twice as many, of three tenants and both classes, in a hurry."""
+    chance = random.Random(6)
+    now = 0.0
+    while now < 60:
+        now += chance.expovariate(40 if int(now / 10) % 2 else 20)
+        timeout_s = chance.uniform(0.5, 2.0) if chance.random() < 0.8 else 60.0
+        tenant = chance.choice(["flood", "flood", "flood", "gold", "drop"])
+        yield Arrival(
+            now, chance.randint(1, 2), timeout_s=timeout_s, tenant=tenant, is_batch_class=chance.random() < 0.3
+        )
+
+
+async def serve(arrivals: list[Arrival]) -> tuple[list[tuple[float, int]], list[RecordingReply]]:
+    """Give the arrivals to the running router with two replicas of one slot; the batches and the answers."""
+    model = {"backend": "fake", "max_batch_size": 8, "max_queue_delay_s": 0.1, "batch_class_patience_s": PATIENCE_S}
     settings = Settings(
         backends={"fake": {"addresses": ["fake:1"], "max_in_flight": 1}},  # type: ignore[dict-item]
-        models=[{"backend": "fake", "max_batch_size": 8, "max_queue_delay_s": 0.1}],  # type: ignore[list-item]
+        models=[model],  # type: ignore[list-item]
+        tenant_weights=WEIGHTS,
     )
     loop = asyncio.get_running_loop()
     replicas = [Taped("0"), Taped("1")]
@@ -98,25 +119,55 @@ async def serve(arrivals: list[Arrival]) -> list[tuple[float, int]]:
     pool.start()
     plane = DataPlane(settings, {"fake": pool}, Metrics())
     start = loop.time()
+    replies = []
     for arrival in arrivals:
         await asyncio.sleep(start + arrival.at - loop.time())
-        call = plane.open(RecordingReply(), arrival.rows, 600.0)
+        reply = RecordingReply()
+        replies.append(reply)
+        call = plane.open(reply, arrival.rows, arrival.timeout_s)
         like = make_block(*range(arrival.rows), key=make_key(agent_type=arrival.key))
         now = loop.time()
-        plane.infer(call, [Block(like.key, 0, 0, like.rows, like.inputs, like.row_bytes, now, now + 600.0, call)])
+        times, whose = (now, now + arrival.timeout_s), (arrival.tenant, arrival.is_batch_class)
+        plane.infer(call, [Block(like.key, 0, 0, like.rows, like.inputs, like.row_bytes, *times, call, *whose)])
     await plane.wait_until_idle()
     await plane.aclose()
     await pool.aclose()
-    return sorted((at - start, rows) for replica in replicas for at, rows in replica.tape)
+    return sorted((at - start, rows) for replica in replicas for at, rows in replica.tape), replies
+
+
+def simulate_served(arrivals: list[Arrival]) -> Outcome:
+    return simulate(
+        arrivals,
+        policy=lambda: WorkConserving(0.1),
+        service_s=lambda chance, rows: SERVICE_S + PER_ROW_S * rows,
+        replicas=2,
+        max_batch_size=8,
+        tenant_weights=WEIGHTS,
+        batch_class_patience_s=PATIENCE_S,
+    )
+
+
+def assert_same_batches(served: list[tuple[float, int]], outcome: Outcome) -> None:
+    """Up to the slack of the router's clock, 0.6 ms, which the simulator does without."""
+    simulated = sorted(zip(outcome.batch_starts_s, outcome.batch_rows, strict=True))
+    assert len(simulated) > 100
+    assert [rows for _, rows in served] == [rows for _, rows in simulated]
+    assert [at for at, _ in served] == pytest.approx([at for at, _ in simulated], abs=0.01)
 
 
 @pytest.mark.anyio
 async def test_the_router_makes_the_very_batches_that_the_simulator_makes() -> None:
-    """Up to the slack of the router's clock, 0.6 ms, which the simulator does without."""
     arrivals = list(mixed_arrivals())
-    outcome = simulate(arrivals, policy=lambda: WorkConserving(0.1), replicas=2, max_batch_size=8, seed=1)
-    simulated = list(zip(outcome.batch_starts_s, outcome.batch_rows, strict=True))
-    served = await serve(arrivals)
-    assert len(simulated) > 100
-    assert [rows for _, rows in served] == [rows for _, rows in sorted(simulated)]
-    assert [at for at, _ in served] == pytest.approx([at for at, _ in sorted(simulated)], abs=0.01)
+    outcome = simulate_served(arrivals)
+    served, _ = await serve(arrivals)
+    assert_same_batches(served, outcome)
+
+
+@pytest.mark.anyio
+async def test_the_router_gives_the_very_rows_up_that_the_simulator_gives_up() -> None:
+    arrivals = list(urgent_arrivals())
+    outcome = simulate_served(arrivals)
+    served, replies = await serve(arrivals)
+    assert_same_batches(served, outcome)
+    assert sum(len(reply.failures) for reply in replies) > 1000
+    assert sum(len(reply.values) for reply in replies) == len(outcome.latencies_s) - outcome.late_rows
