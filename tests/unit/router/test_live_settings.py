@@ -64,8 +64,17 @@ class Router:
         self.backends.apply(settings, self.plane.uses)
         self.plane.apply(settings)
 
-    def ask(self, *values: float, key: BatchKey | None = None, timeout_s: float = 60.0) -> "Caller":
-        return Caller(self, make_block(*values, key=key), timeout_s)
+    def ask(
+        self,
+        *values: float,
+        key: BatchKey | None = None,
+        timeout_s: float = 60.0,
+        tenant: str = "default",
+        is_batch_class: bool = False,
+    ) -> "Caller":
+        block = make_block(*values, key=key)
+        block.tenant, block.is_batch_class = tenant, is_batch_class
+        return Caller(self, block, timeout_s)
 
 
 class Caller:
@@ -299,6 +308,8 @@ async def test_bounds_of_rows_bytes_and_keys_hold_from_then_on_for_what_comes() 
         for limits, reason in (
             ({"max_queued_rows": 3}, "queue_rows"),
             ({"max_queued_bytes": 12}, "queue_bytes"),
+            ({"max_key_bytes": 12}, "key_bytes"),
+            ({"max_process_rows": 3}, "process_rows"),
         ):
             router.apply(make_settings([{}], limits=limits))
             error = router.ask(4).error
@@ -310,6 +321,55 @@ async def test_bounds_of_rows_bytes_and_keys_hold_from_then_on_for_what_comes() 
         assert error.reason == "keys"
         router.apply(make_settings([{}]))
         assert router.ask(4, key=make_key("other")).error is None
+        await answer_all(router.replica())
+
+
+async def test_bounds_of_tenants_count_what_waits_already_here_and_in_a_backend_that_is_gone() -> None:
+    bounded = make_settings([{"backend": "two"}], {"two": {}}, limits={"max_tenant_rows": 4})
+    async with routing(make_settings([{}], {"one": {}, "two": {}})) as router:
+        router.ask(0)
+        router.ask(0, key=make_key("other"))
+        await settle()
+        router.ask(1, 2, tenant="loud")
+        router.ask(1, key=make_key("other"), tenant="loud")
+        router.apply(bounded)
+        assert router.ask(4, tenant="loud").error is None
+        error = router.ask(5, tenant="loud").error
+        assert isinstance(error, ResourceExhausted)
+        assert error.reason == "tenant_rows"
+        assert router.ask(*range(4), tenant="calm").error is None
+        await settle()
+        await answer_all(router.replica("one:1"), router.replica("two:1"))
+        assert router.ask(*range(4), tenant="loud").error is None
+        router.apply(make_settings([{"backend": "two"}], {"two": {}}))
+        assert router.ask(*range(9), tenant="loud").error is None
+        await answer_all(router.replica("two:1"))
+
+
+async def test_tenants_that_wait_share_the_next_batch_by_the_new_weights() -> None:
+    async with routing(make_settings([{}])) as router:
+        router.ask(0)
+        await settle()
+        for tenant, first in (("gold", 10), ("other", 20)):
+            router.ask(*range(first, first + 8), tenant=tenant)
+        router.apply(make_settings([{}], tenant_weights={"gold": 3}))
+        router.replica().sent[0].answer()
+        await settle()
+        assert sorted(sent(router.replica())[1]) == [10, 11, 12, 20]
+        await answer_all(router.replica())
+
+
+async def test_batch_rows_that_wait_are_due_by_the_new_patience() -> None:
+    async with routing(make_settings([{}])) as router:
+        router.ask(0)
+        await settle()
+        router.ask(1, is_batch_class=True)
+        await asyncio.sleep(2)
+        router.ask(*range(10, 18))
+        router.apply(make_settings([{"batch_class_patience_s": 1}]))
+        router.replica().sent[0].answer()
+        await settle()
+        assert sent(router.replica())[1] == [1, 10, 11, 12]
         await answer_all(router.replica())
 
 
