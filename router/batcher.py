@@ -11,14 +11,16 @@ import asyncio
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from router.core.admission import Admission
-from router.core.batch import split
-from router.core.policy import Hold, Policy, View
+from router.core.batch import cut, split
+from router.core.hedge import Hedging
+from router.core.policy import Hold, Policy, View, change_policy
 from router.core.queue import KeyQueue
 from router.core.retry import judge
 from router.core.types import Batch, BatchAnswer, BatchKey, Block, Part
+from router.core.variable_queue import set_bounds
 from router.dispatch.pool import ReplicaPool
 from router.dispatch.slots import CLOCK_SLACK_S, ModelSlots, Slot
 from router.errors import BackendError, DeadlineExceeded, InternalError, ResourceExhausted, RouterError, Unavailable
@@ -46,12 +48,15 @@ class Batcher:
         self._policy = policy
         self._pool = pool
         self._retries = retries
+        self._hedging = Hedging(policy.service_times, lambda _rows, _now: True, is_allowed=retries > 0)
         self._next_batch_id = next_batch_id
         self._accepted_rows = metrics.rows
         self._batch_rows = metrics.batch_rows.labels(backend)
         self._batch_seconds = metrics.batch_seconds.labels(backend)
         self._requeued_rows = metrics.requeued_rows.labels(backend)
         self._batches = functools.partial(metrics.batches.labels, backend)
+        # Told of every batch that is sent.
+        self.on_dispatch: Callable[[Batch], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._slots: ModelSlots = pool.slots(key.model)
         # State: what waits; what a row may expect that arrives; why it waits although a slot was at hand; what is in
@@ -98,15 +103,61 @@ class Batcher:
         if self._queue.discard(block) and not self._queue.rows:
             self._slots.withdraw(self)
 
+    def apply(
+        self,
+        *,
+        max_batch_rows: int,
+        max_batch_bytes: int,
+        max_rows: int,
+        max_bytes: int | None,
+        weights: Mapping[str, float],
+        patience_s: float,
+        max_in_flight: int,
+        max_queue_delay_s: float,
+        retries: int,
+    ) -> None:
+        """Go on by other settings, with what waits, what flies and what was learned."""
+        set_bounds(
+            self._queue,
+            self._key,
+            max_batch_rows=max_batch_rows,
+            max_batch_bytes=max_batch_bytes,
+            max_rows=max_rows,
+            max_bytes=max_bytes,
+            weights=weights,
+            patience_s=patience_s,
+        )
+        self._policy = change_policy(self._policy, max_in_flight, max_queue_delay_s)
+        self._retries = retries
+        self._hedging.is_allowed = retries > 0
+        self._admission = Admission(self._queue.seats)
+        self._admission.update(self._policy.service_times, self._slots.usable, self._slots.waiting_keys)
+        if self._queue.rows:
+            self._pump_soon()
+
+    def recount(self) -> None:
+        """Tell the budget what waits of each tenant, after its bounds have changed."""
+        self._queue.recount()
+
+    def keep(self, block: Block, runs: Sequence[tuple[int, int]]) -> None:
+        """Forget what waits of a block but these runs of rows."""
+        self._queue.keep(block, runs)
+        if not self._queue.rows:
+            self._slots.withdraw(self)
+
     def is_idle_since(self, then: float) -> bool:
         """Whether no row waited or flew since `then`."""
         return not self._queue.rows and not self._in_flight and self._last_used < then
 
-    async def aclose(self) -> None:
-        """End what is in flight, without answers."""
+    def stop(self) -> None:
+        """Ring no more; nothing waits here, or nobody waits for it."""
         self._slots.withdraw(self)
         if self._timer:
             self._timer.cancel()
+
+    async def aclose(self) -> None:
+        """End what is in flight, without answers."""
+        self.stop()
         tasks = list(self._in_flight.values())
         for task in tasks:
             task.cancel()
@@ -192,7 +243,7 @@ class Batcher:
         """See slots.Taker."""
         return self._queue.rows > 0 and self._hold is None
 
-    def take(self, slots: ModelSlots, now: float) -> Batch | None:
+    def take(self, slots: ModelSlots, now: float, max_rows: int | None) -> Batch | None:
         """See slots.Taker. Late rows are answered first, so none is dispatched."""
         self._expire(now)
         self._yield_seats(slots, now)
@@ -205,6 +256,9 @@ class Batcher:
             slots.hold(self, lapses=self._hold.lapses_with_slots)
             return None
         parts = self._queue.pop_batch(now)
+        if max_rows is not None:
+            parts, rest = cut(parts, max_rows)
+            self._queue.requeue(rest)
         return Batch(self._next_batch_id(), self._key, parts, sum(part.rows for part in parts), now)
 
     def _view(self, slots: ModelSlots) -> View:
@@ -227,6 +281,8 @@ class Batcher:
         """See slots.Taker."""
         self._batch_rows.observe(batch.rows)
         self._blocks_in_flight += len(batch.parts)
+        if self.on_dispatch:
+            self.on_dispatch(batch)
         self._in_flight[batch] = self._loop.create_task(self._infer(batch, slot), name=f"batch {batch.id}")
 
     # -- in flight ---------------------------------------------------------------------------------------------------
@@ -234,7 +290,7 @@ class Batcher:
     async def _infer(self, batch: Batch, slot: Slot) -> None:
         alarm = _DeadlineAlarm(batch.parts, self._loop)
         try:
-            answer = await self._pool.infer(batch, slot)
+            answer = await self._pool.infer(batch, slot, self._hedging)
         except BackendError as error:
             self._failed(batch, error)
         except asyncio.CancelledError:

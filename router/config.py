@@ -5,8 +5,10 @@ underscores go one level down, lists and maps are JSON. Units stand in the names
 """
 
 import fnmatch
+import json
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,6 +25,13 @@ BUILT_IN: dict[str, Any] = {
 }
 
 
+# What holds for as long as the process lives: sockets, and what was told to each stream at its beginning.
+NEED_RESTART = ("listen", "metrics", "limits.max_message_bytes")
+
+DNS_PREFIX = "dns:///"
+FILE_PREFIX = "file:"
+
+
 class ConfigError(Exception):
     """The settings cannot be used; the message names every field at fault."""
 
@@ -36,14 +45,29 @@ def _check_address(address: str) -> str:
     return address
 
 
-def _check_remote(address: str) -> str:
+def check_remote(address: str) -> str:
+    """An address to connect to, as it is. Raises ValueError."""
     if _check_address(address).endswith(":0"):
         raise ValueError(f"{address!r} names no port to connect to")
     return address
 
 
+def _check_replicas(entry: str) -> str:
+    if entry.startswith(FILE_PREFIX):
+        if entry == FILE_PREFIX:
+            raise ValueError(f"{entry!r} names no file; it is file:PATH")
+    elif entry.startswith("dns:/"):
+        if not entry.startswith(DNS_PREFIX):
+            raise ValueError(f"{entry!r} is not dns:///NAME:PORT; another name server cannot be asked")
+        check_remote(entry.removeprefix(DNS_PREFIX))
+    else:
+        check_remote(entry)
+    return entry
+
+
 Address = Annotated[str, AfterValidator(_check_address)]
-RemoteAddress = Annotated[str, AfterValidator(_check_remote)]
+# HOST:PORT, or where addresses come from: dns:///NAME:PORT, file:PATH.
+Replicas = Annotated[str, AfterValidator(_check_replicas)]
 # Environment variables have no case, so what they name has none either.
 BackendName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -64,11 +88,21 @@ class Section(BaseModel):
 
 
 class BackendSettings(Section):
-    """A pool of replicas. `max_in_flight`: batches at a time per replica and model; 0: no limit."""
+    """A pool of replicas. `max_in_flight`: batches at a time per replica and model; 0: no limit.
 
-    addresses: list[RemoteAddress] = Field(min_length=1)
+    `max_in_flight_total`: the same over all models; each batch has a stream, and servers commonly allow no more.
+    `ejection_s`: how long a replica that fails, or is three times as slow as its peers, gets no batch the first time.
+    `probe_interval_s`: how often a replica is asked whether it lives and is ready; 0: never.
+    `resolve_interval_s`: how often names among the addresses are looked up again.
+    """
+
+    addresses: list[Replicas] = Field(min_length=1)
     protocol: Literal["stream"] = "stream"
     max_in_flight: int = Field(4, ge=0)
+    max_in_flight_total: Count = 1024
+    ejection_s: PositiveSeconds = 30
+    probe_interval_s: Seconds = 4
+    resolve_interval_s: PositiveSeconds = 5
 
     @model_validator(mode="after")
     def _check_addresses(self) -> Self:
@@ -101,6 +135,17 @@ class ModelSettings(Section):
     vector_input: str = Field("vector", min_length=1)
     vector_output: str | None = None
     send_agent_type: bool = True
+    # Equal rows have equal answers: those that wait or are in flight at the same time are computed once, and answers
+    # may be kept for a while, so many bytes of them per key.
+    deterministic: bool = False
+    cache_ttl_s: Seconds = 0
+    cache_max_bytes: Count = 16 * 1024 * 1024
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Self:
+        if self.cache_ttl_s and not self.deterministic:
+            raise ValueError("cache_ttl_s: answers may be kept only where deterministic is true")
+        return self
 
     def matches(self, model_name: str, agent_type: str) -> bool:
         """Whether rows of this model and agent type fall under these settings."""
@@ -198,20 +243,67 @@ class Settings(BaseSettings):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def find_file() -> Path | None:
+    """The file that is read when none is named."""
+    return DEFAULT_FILE if DEFAULT_FILE.exists() else None
+
+
 def load(path: Path | None = None) -> Settings:
     """Read the file (None: ./router.yaml if it is there, else the built-in defaults) and the environment.
 
     Raises:
         ConfigError: the file cannot be read, is not YAML, or a field is wrong.
     """
-    if path is None and DEFAULT_FILE.exists():
-        path = DEFAULT_FILE
     try:
-        return Settings(**_read(path))
+        return Settings(**_read(path or find_file()))
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(one) for one in error.errors(include_url=False))) from error
     except ValueError as error:  # pydantic-settings wraps JSON that cannot be parsed
         raise ConfigError(str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One field that has another value; None where there is none."""
+
+    field: str
+    before: object
+    after: object
+
+    def __str__(self) -> str:
+        return f"{self.field}: {_show(self.before)} -> {_show(self.after)}"
+
+
+def changes(before: Settings, after: Settings) -> list[Change]:
+    """The fields that differ, by their names in a file."""
+    old, new = dict(_fields(before.model_dump(mode="json"))), dict(_fields(after.model_dump(mode="json")))
+    names = [*old, *(name for name in new if name not in old)]
+    return [Change(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
+
+
+def _fields(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Every field below a value, with its dotted name; a list of plain values is one field."""
+    inner: Iterable[tuple[object, object]]
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        inner = enumerate(value)
+    else:
+        yield name, value
+        return
+    for step, one in inner:
+        yield from _fields(one, f"{name}.{step}" if name else str(step))
+
+
+def _show(value: object) -> str:
+    return "null" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def check_same_process(before: Settings, after: Settings) -> None:
+    """Raise ConfigError unless a running router can go on by the new settings."""
+    fixed = [change for change in changes(before, after) if change.field in NEED_RESTART]
+    if fixed:
+        raise ConfigError("\n".join(f"{change}: needs a restart" for change in fixed))
 
 
 def _read(path: Path | None) -> dict[str, Any]:

@@ -8,29 +8,21 @@ No batching rules, no replicas, no status codes here.
 """
 
 import asyncio
-import itertools
 import logging
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from router.batcher import Batcher
 from router.config import Settings
-from router.core.budget import Budget
-from router.core.policy import choose_policy
-from router.core.types import BatchAnswer, BatchKey, Block, Part
-from router.core.variable_queue import make_queue
+from router.core.types import BatchAnswer, Block, Part
 from router.dispatch.pool import ReplicaPool
-from router.errors import DeadlineExceeded, InternalError, NotFound, ResourceExhausted, RouterError, Unavailable
+from router.errors import DeadlineExceeded, InternalError, ResourceExhausted, RouterError, Unavailable
+from router.lanes import Lane, Lanes
 from router.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 # What a caller is told to wait when the router leaves: time enough for another to be found.
 LEAVING_RETRY_AFTER_S = 1.0
-KEYS_RETRY_AFTER_S = 60.0
-# Idle keys are not looked for more often.
-MIN_SWEEP_S = 1.0
 
 
 class Reply(Protocol):
@@ -57,7 +49,7 @@ class Call:
         self._timeout_s = timeout_s
         self._on_close = on_close
         # Where its rows may still wait.
-        self._queued: list[tuple[Batcher, Block]] = []
+        self._queued: list[tuple[Lane, Block]] = []
         self.is_closed = False
 
     def __repr__(self) -> str:
@@ -109,15 +101,15 @@ class Call:
         if not self.is_closed:
             self._close()
 
-    def wait_in(self, batcher: Batcher, block: Block) -> None:
+    def wait_in(self, lane: Lane, block: Block) -> None:
         """Remember where to withdraw from."""
-        self._queued.append((batcher, block))
+        self._queued.append((lane, block))
 
     def _close(self) -> None:
         self.is_closed = True
         if self._open_rows:
-            for batcher, block in self._queued:
-                batcher.discard(block)
+            for lane, block in self._queued:
+                lane.discard(block)
         self._queued.clear()
         self._on_close(self)
 
@@ -126,31 +118,21 @@ class DataPlane:
     """The live keys and the open calls of the router."""
 
     def __init__(self, settings: Settings, pools: Mapping[str, ReplicaPool], metrics: Metrics) -> None:
-        self._settings = settings
-        self._pools = pools
         self._metrics = metrics
-        self._loop = asyncio.get_running_loop()
-        ids, prefix = itertools.count(1), secrets.token_hex(4)
-        self._next_batch_id = lambda: f"{prefix}-{next(ids)}"
-        # State: a batcher per live key; what all queues hold; the open calls; whether new ones are refused.
-        self._batchers: dict[BatchKey, Batcher] = {}
-        limits = settings.limits
-        self._budget = Budget(
-            limits.max_queued_bytes,
-            max_rows=limits.max_process_rows,
-            max_tenant_rows=limits.max_tenant_rows,
-            max_tenant_bytes=limits.max_tenant_bytes,
-        )
+        # State: the lanes, and by key; the open calls; whether new ones are refused.
+        self._lanes = Lanes(settings, pools, metrics)
+        self._lane_by_key = self._lanes.by_key
         self._open: set[Call] = set()
         self._is_refusing = False
         self._all_closed = asyncio.Event()
-        metrics.queued_rows.set_function(lambda: self._budget.rows)
+        metrics.queued_rows.set_function(lambda: self._lanes.budget.rows)
         metrics.open_calls.set_function(lambda: len(self._open))
-        metrics.keys.set_function(lambda: len(self._batchers))
-        self._sweep_timer = self._loop.call_later(settings.limits.key_idle_s, self._sweep)
+        metrics.keys.set_function(lambda: len(self._lanes))
 
     def __repr__(self) -> str:
-        return f"<DataPlane {len(self._open)} open calls, {len(self._batchers)} keys, {self._budget.rows} rows queued>"
+        return (
+            f"<DataPlane {len(self._open)} open calls, {len(self._lanes)} keys, {self._lanes.budget.rows} rows queued>"
+        )
 
     def open(self, reply: Reply, rows: int, timeout_s: float) -> Call:
         """Begin a call of `rows` rows in all; its blocks follow with `infer`.
@@ -169,13 +151,20 @@ class DataPlane:
         """Queue a call's blocks. Each is refused or taken by itself; the call's reply hears of it either way."""
         for block in blocks:
             try:
-                batcher = self._batchers.get(block.key) or self._new_batcher(block.key)
-                batcher.infer(block)
+                lane = self._lane_by_key.get(block.key) or self._lanes.open(block.key)
+                call.wait_in(lane, block)  # before: where answers are known, they come at once, and may close the call
+                lane.infer(block)
             except RouterError as error:
                 self._count_refusal(error, block.rows)
                 call.fail_rows(block.index, block.first_row, block.rows, error)
-            else:
-                call.wait_in(batcher, block)
+
+    def apply(self, settings: Settings) -> None:
+        """Go on by other settings: rows that wait or fly are served, new ones go where these say."""
+        self._lanes.apply(settings)
+
+    def uses(self, pool: ReplicaPool) -> bool:
+        """Whether rows may still go there, or are there."""
+        return self._lanes.uses(pool)
 
     def refuse_new(self) -> None:
         """From now on `open` refuses; what is open goes on."""
@@ -189,12 +178,11 @@ class DataPlane:
 
     async def aclose(self) -> None:
         """Fail what is still open, end what is in flight."""
-        self._sweep_timer.cancel()
         self.refuse_new()
         message = "the router shut down before the call was answered"
         for call in list(self._open):
             call.abort(Unavailable(message, retry_after_s=LEAVING_RETRY_AFTER_S))
-        await asyncio.gather(*(batcher.aclose() for batcher in self._batchers.values()))
+        await self._lanes.aclose()
 
     def _closed(self, call: Call) -> None:
         self._open.discard(call)
@@ -206,41 +194,3 @@ class DataPlane:
             self._metrics.refusals.labels(error.reason).inc(rows)
         elif isinstance(error, DeadlineExceeded):
             self._metrics.refusals.labels("deadline").inc(rows)
-
-    def _new_batcher(self, key: BatchKey) -> Batcher:
-        limits = self._settings.limits
-        if len(self._batchers) >= limits.max_keys:
-            message = f"{limits.max_keys} kinds of rows (model, agent type, vector length) are in use, no more may be"
-            raise ResourceExhausted(message, reason="keys", retry_after_s=KEYS_RETRY_AFTER_S)
-        model = self._settings.route(key.model_name, key.agent_type)
-        if model is None:
-            raise NotFound(f"no model {key.model_name!r} for agent type {key.agent_type!r}")
-        backend = self._settings.backends[model.backend]
-        batcher = self._batchers[key] = Batcher(
-            key,
-            queue=make_queue(
-                key,
-                max_batch_rows=model.max_batch_size,
-                max_batch_bytes=model.max_batch_bytes,
-                max_rows=limits.max_queued_rows,
-                budget=self._budget,
-                max_bytes=limits.max_key_bytes,
-                weights=self._settings.tenant_weights,
-                patience_s=model.batch_class_patience_s,
-            ),
-            policy=choose_policy(backend.max_in_flight, model.max_queue_delay_s),
-            pool=self._pools[model.backend],
-            backend=model.backend,
-            retries=model.retries,
-            next_batch_id=self._next_batch_id,
-            metrics=self._metrics,
-        )
-        return batcher
-
-    def _sweep(self) -> None:
-        """Forget the keys that nobody has used for `key_idle_s`."""
-        idle_s = self._settings.limits.key_idle_s
-        then = self._loop.time() - idle_s
-        for key in [key for key, batcher in self._batchers.items() if batcher.is_idle_since(then)]:
-            del self._batchers[key]
-        self._sweep_timer = self._loop.call_later(max(idle_s / 10, MIN_SWEEP_S), self._sweep)

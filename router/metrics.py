@@ -36,8 +36,26 @@ class Metrics:
         self.requeued_rows = Counter(
             "router_requeued_rows", "Rows put back after a lost or refused batch.", ["backend"], registry=self.registry
         )
+        self.shared_rows = Counter(
+            "router_shared_rows",
+            "Rows that followed an equal one instead of being queued.",
+            ["backend"],
+            registry=self.registry,
+        )
+        self.cached_rows = Counter(
+            "router_cached_rows", "Rows answered from the cache.", ["backend"], registry=self.registry
+        )
         self.refusals = Counter("router_refusals", "Rows refused, by reason.", ["reason"], registry=self.registry)
         self.queued_rows = Gauge("router_queued_rows", "Rows waiting now.", registry=self.registry)
         self.open_calls = Gauge("router_open_calls", "Calls not fully answered.", registry=self.registry)
         self.keys = Gauge("router_keys", "Live batch keys.", registry=self.registry)
         self.ready_replicas = Gauge("router_ready_replicas", "Connected replicas.", ["backend"], registry=self.registry)
+        self.ejected_replicas = Gauge(
+            "router_ejected_replicas",
+            "Replicas that failed or were slow and rest.",
+            ["backend"],
+            registry=self.registry,
+        )
+        self.config_reloads = Counter(
+            "router_config_reloads", "Looks at changed settings, by outcome.", ["outcome"], registry=self.registry
+        )

@@ -7,6 +7,7 @@ end. The connections close with the process, not before: see `leave`.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from collections.abc import Callable
 import grpc.aio
 from prometheus_client import start_http_server
 
-from router.config import Settings
+from router.backends import Backends
+from router.config import BackendSettings, Settings, check_same_process
 from router.dataplane import DataPlane
-from router.dispatch.pool import ReplicaPool
-from router.dispatch.replica import connect
+from router.dispatch.pool import ReplicaPool, Rules
+from router.dispatch.replica import Replica
 from router.metrics import Metrics
 from router.servicers.access import Access
 from router.servicers.convert import Routes, VectorOutputs
@@ -64,35 +66,54 @@ def _try_address(listen: str) -> None:
         raise StartError(f"cannot listen on {listen}: {error.strerror}") from error
 
 
+def make_pool(settings: Settings, backend: BackendSettings) -> ReplicaPool:
+    """The replicas of a backend, not connected yet."""
+    connect = functools.partial(
+        Replica,
+        batch_timeout_s=settings.batch_timeout_s,
+        max_message_bytes=settings.limits.max_backend_message_bytes,
+        max_in_flight=backend.max_in_flight_total,
+    )
+    rules = Rules(
+        max_in_flight=backend.max_in_flight,
+        ejection_s=backend.ejection_s,
+        probe_interval_s=backend.probe_interval_s,
+        batch_timeout_s=settings.batch_timeout_s,
+        resolve_interval_s=backend.resolve_interval_s,
+    )
+    return ReplicaPool(connect, backend.addresses, rules)
+
+
 class RouterServer:
     """The whole router of a process; `start`, then `stop`, on one loop."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.metrics = Metrics()
-        self._pools = {
-            name: ReplicaPool(
-                connect(
-                    backend.addresses,
-                    batch_timeout_s=settings.batch_timeout_s,
-                    max_message_bytes=settings.limits.max_backend_message_bytes,
-                ),
-                backend.max_in_flight,
-            )
-            for name, backend in settings.backends.items()
-        }
-        for name, pool in self._pools.items():
-            self.metrics.ready_replicas.labels(name).set_function(pool.count_ready)
-        self.plane = DataPlane(settings, self._pools, self.metrics)
+        self._backends = Backends(settings, make_pool, self.metrics)
+        self.plane = DataPlane(settings, self._backends.pools, self.metrics)
         access = Access(self.metrics, settings.log_requests)
-        around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs())
+        self._around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs())
         self._rpcs = Rpcs()
-        self._servicer = InferenceServicer(around, self._rpcs)
-        self._open_inference = OpenInferenceServicer(around, self._rpcs)
+        self._servicer = InferenceServicer(self._around, self._rpcs)
+        self._open_inference = OpenInferenceServicer(self._around, self._rpcs)
         self._health = Health()
         self._server = grpc.aio.server(options=server_options(settings))
         self._close_metrics: Callable[[], None] = lambda: None
         self.address = settings.listen
+
+    def apply(self, settings: Settings) -> None:
+        """Go on by other settings; no row is lost. New pools come first, and old ones end when no row is there.
+
+        Raises:
+            ConfigError: something is different that holds for as long as the process lives; then nothing was changed.
+        """
+        check_same_process(self._settings, settings)
+        self._settings = settings
+        self._backends.apply(settings, self.plane.uses)
+        self.plane.apply(settings)
+        self._around.apply(settings)
+        self._open_inference.apply(settings)
 
     async def start(self) -> None:
         """Listen and connect. Raises StartError."""
@@ -101,8 +122,7 @@ class RouterServer:
         self._health.add_to(self._server)
         self._bind()
         self._serve_metrics()
-        for pool in self._pools.values():
-            pool.start()
+        self._backends.start()
         await self._health.serve()
         await self._server.start()
         logger.info("router listens on %s", self.address)
@@ -171,5 +191,5 @@ class RouterServer:
         logger.info("router stopped")
 
     async def _let_go(self) -> None:
-        await asyncio.gather(*(pool.aclose() for pool in self._pools.values()))
+        await self._backends.aclose()
         self._close_metrics()

@@ -35,5 +35,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         """Virtual seconds since the loop was made."""
         return self._jumping.now
 
+    def stall(self, stalled_s: float) -> None:
+        """Let time pass without running anything, as a call that blocks the loop does."""
+        self._jumping.now += stalled_s
+
 
 VIRTUAL_TIME: tuple[str, dict[str, Any]] = ("asyncio", {"loop_factory": VirtualTimeLoop})

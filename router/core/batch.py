@@ -49,6 +49,23 @@ def split(batch: Batch) -> Iterator[tuple[Part, int]]:
         offset += part.rows
 
 
+def cut(parts: Iterable[Part], rows: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+    """The first `rows` rows of some parts, and the rest; either may be none."""
+    head: list[Part] = []
+    rest: list[Part] = []
+    for part in parts:
+        if rows <= 0:
+            rest.append(part)
+        elif part.rows <= rows:
+            head.append(part)
+        else:
+            first, second = part.cut(rows)
+            head.append(first)
+            rest.append(second)
+        rows -= part.rows
+    return tuple(head), tuple(rest)
+
+
 def check(outputs: Outputs, rows: int) -> None:
     """Refuse outputs that do not hold exactly `rows` rows each; BYTES are scanned here, and then never again.
 

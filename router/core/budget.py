@@ -32,15 +32,23 @@ class Budget:
         max_tenant_rows: int | None = None,
         max_tenant_bytes: int | None = None,
     ) -> None:
+        self.set_bounds(
+            max_bytes, max_rows=max_rows, max_tenant_rows=max_tenant_rows, max_tenant_bytes=max_tenant_bytes
+        )
+        # State: what waits, in all and by tenant.
+        self.used_bytes = 0
+        self.rows = 0
+
+    def set_bounds(
+        self, max_bytes: int, *, max_rows: int | None, max_tenant_rows: int | None, max_tenant_bytes: int | None
+    ) -> None:
+        """Change the bounds. Tenants begin at nothing; whoever holds rows back must count them anew."""
         self.max_bytes = max_bytes
         self.max_rows = _bound(max_rows)
         self._max_tenant_rows = _bound(max_tenant_rows)
         self._max_tenant_bytes = _bound(max_tenant_bytes)
         # Tenants are counted only if there is something to compare it to.
         self.bounds_tenants = max_tenant_rows is not None or max_tenant_bytes is not None
-        # State: what waits, in all and by tenant.
-        self.used_bytes = 0
-        self.rows = 0
         self._accounts: dict[str, Account] = {}
 
     def __repr__(self) -> str:

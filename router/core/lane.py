@@ -180,6 +180,18 @@ class Lane:
         self.count(block.tenant, -rows, -nbytes)
         return rows, nbytes
 
+    def keep(self, block: Block, runs: Iterable[tuple[int, int]]) -> tuple[int, int]:
+        """Forget what waits of a block but these rows (first row and rows of each run); rows and bytes that went."""
+        parts = self.waiting[block] or [block.whole()]
+        kept = [piece for part in parts for run in runs if (piece := part.within(*run))]
+        (rows, nbytes), (kept_rows, kept_bytes) = measure(block, parts), measure(block, kept)
+        self.count(block.tenant, kept_rows - rows, kept_bytes - nbytes)
+        if kept:
+            self.waiting[block] = kept
+        else:
+            del self.waiting[block]
+        return rows - kept_rows, nbytes - kept_bytes
+
     # -- counting ----------------------------------------------------------------------------------------------------
 
     def count(self, tenant: str, rows: int, nbytes: int) -> None:
@@ -190,6 +202,11 @@ class Lane:
             if not self.members[tenant]:
                 del self.members[tenant]
         self._budget.count_tenant(tenant, rows, nbytes)
+
+    def recount(self) -> None:
+        """Tell the budget what waits of each tenant."""
+        for block, parts in self.waiting.items():
+            self._budget.count_tenant(block.tenant, *measure(block, parts))
 
     def took(self, parts: Iterable[Part]) -> None:
         """These parts have gone."""

@@ -93,6 +93,9 @@ class Policy(Protocol):
     service_times: ServiceTimes
     """How long the key's calls take."""
 
+    def set_max_queue_delay(self, max_queue_delay_s: float) -> None:
+        """Bound the short holds by so much from now on."""
+
     def arrived(self, blocks: int, rows: int, now: float) -> None:
         """So many blocks, of so many rows together, have come."""
 
@@ -111,14 +114,18 @@ class WorkConserving:
 
     def __init__(self, max_queue_delay_s: float, *, even_gap: bool = True, return_wave: bool = True) -> None:
         self.service_times = ServiceTimes()
-        self._max_queue_delay_s = max_queue_delay_s
-        self._gather_s = min(max_queue_delay_s, GATHER_MAX_S)
+        self.set_max_queue_delay(max_queue_delay_s)
         self._has_even_gap = even_gap
         # State: how many blocks and rows come; who comes back; the span of the rates.
         self._blocks = Rate()
         self._rows = Rate()
         self._wave = ReturnWave() if return_wave else None
         self._span_s = RATE_MIN_SPAN_S
+
+    def set_max_queue_delay(self, max_queue_delay_s: float) -> None:
+        """See Policy."""
+        self._max_queue_delay_s = max_queue_delay_s
+        self._gather_s = min(max_queue_delay_s, GATHER_MAX_S)
 
     def arrived(self, blocks: int, rows: int, now: float) -> None:
         """See Policy."""
@@ -195,6 +202,10 @@ class Window:
 
     def __init__(self, max_queue_delay_s: float) -> None:
         self.service_times = ServiceTimes()
+        self.set_max_queue_delay(max_queue_delay_s)
+
+    def set_max_queue_delay(self, max_queue_delay_s: float) -> None:
+        """See Policy."""
         self._max_queue_delay_s = max_queue_delay_s
 
     def arrived(self, blocks: int, rows: int, now: float) -> None:
@@ -221,3 +232,13 @@ def _in_time(hold: Hold, view: View, times: ServiceTimes, now: float) -> Hold | 
 def choose_policy(max_in_flight: int, max_queue_delay_s: float) -> Policy:
     """The policy of a key, by the slots per replica and model of its backend (0: no limit)."""
     return WorkConserving(max_queue_delay_s) if max_in_flight else Window(max_queue_delay_s)
+
+
+def change_policy(policy: Policy, max_in_flight: int, max_queue_delay_s: float) -> Policy:
+    """The policy of a key whose settings have changed. How long its calls take is known already."""
+    if isinstance(policy, WorkConserving) is bool(max_in_flight):
+        policy.set_max_queue_delay(max_queue_delay_s)
+        return policy
+    changed = choose_policy(max_in_flight, max_queue_delay_s)
+    changed.service_times = policy.service_times
+    return changed

@@ -13,7 +13,7 @@ The caller passes `now` (monotonic seconds) and asks `wake_at` for the next alar
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from weakref import ref
 
@@ -51,15 +51,8 @@ class KeyQueue:
         weights: Mapping[str, float] = NO_WEIGHTS,
         patience_s: float = DEFAULT_PATIENCE_S,
     ) -> None:
-        self._max_batch_rows = max_batch_rows
-        self._max_rows = max_rows
-        self._max_bytes = math.inf if max_bytes is None else max_bytes
         self._row_bytes = row_bytes
-        # Both bounds in rows.
-        self._most_rows = min(max_rows, self._max_bytes // row_bytes) if row_bytes else max_rows
         self._budget = budget
-        self._weights = weights
-        self._patience_s = patience_s
         # State: the lanes that share batches, and those of tenants that do not; the only lane, while there is but one;
         # (deadline, tie-breaker, block), possibly of blocks that have left: weak, or their bytes would stay with them.
         self._common = Section(self._make_lane)
@@ -68,9 +61,42 @@ class KeyQueue:
         self._deadlines: list[tuple[float, int, ref[Block]]] = []
         self._next_tie = itertools.count().__next__
         self.rows = 0
+        self.set_bounds(
+            max_batch_rows=max_batch_rows,
+            max_rows=max_rows,
+            max_bytes=max_bytes,
+            weights=weights,
+            patience_s=patience_s,
+        )
 
     def __repr__(self) -> str:
         return f"<KeyQueue {self.rows} rows in {self.blocks} blocks>"
+
+    def set_bounds(
+        self,
+        *,
+        max_batch_rows: int,
+        max_rows: int,
+        max_bytes: int | None,
+        weights: Mapping[str, float],
+        patience_s: float,
+    ) -> None:
+        """Change what a batch takes, from whom and what may wait; what waits already stays."""
+        self.max_batch_rows = max_batch_rows
+        self._max_rows = max_rows
+        self._max_bytes = math.inf if max_bytes is None else max_bytes
+        # Both bounds in rows.
+        self._most_rows = min(max_rows, self._max_bytes // self._row_bytes) if self._row_bytes else max_rows
+        self._weights = weights
+        self._patience_s = patience_s
+        for lane in self._lanes():
+            if lane.tenant is not None:
+                lane.weight = self._weight(lane.tenant)
+
+    def recount(self) -> None:
+        """Tell the budget what waits of each tenant, after its bounds have changed."""
+        for lane in self._lanes():
+            lane.recount()
 
     @property
     def nbytes(self) -> int:
@@ -86,14 +112,14 @@ class KeyQueue:
     @property
     def seats(self) -> int:
         """Rows that a batch holds."""
-        return self._max_batch_rows
+        return self.max_batch_rows
 
     @property
     def is_full(self) -> bool:
         """Whether a whole batch waits."""
         if self._apart:
-            return any(section.rows >= self._max_batch_rows for section in self._sections())
-        return self.rows >= self._max_batch_rows
+            return any(section.rows >= self.max_batch_rows for section in self._sections())
+        return self.rows >= self.max_batch_rows
 
     @property
     def oldest_at(self) -> float:
@@ -197,13 +223,21 @@ class KeyQueue:
         self._settle(lane)
         return rows
 
+    def keep(self, block: Block, runs: Sequence[tuple[int, int]]) -> None:
+        """Forget what waits of a block but these rows (first row and rows of each run): nobody wants the rest."""
+        lane = self._find(block)
+        if lane is not None:
+            rows, nbytes = lane.keep(block, runs)
+            self._count(-rows, -nbytes)
+            self._settle(lane)
+
     def pop_batch(self, now: float) -> tuple[Part, ...]:
         """Take the rows of the next batch, cutting blocks where a share or the batch ends."""
         lane, budget = self._sole, self._budget
         if lane is None or lane.tenant is None or budget.bounds_tenants:
             return self._pop_shared(now)
         taken: list[Part] = []
-        rows = lane.move_rows(self._max_batch_rows, taken)
+        rows = lane.move_rows(self.max_batch_rows, taken)
         lane.rows -= rows
         self.rows -= rows
         budget.rows -= rows
@@ -227,12 +261,12 @@ class KeyQueue:
         return tuple(room.parts)
 
     def _room(self) -> Room:
-        return Room(self._max_batch_rows)
+        return Room(self.max_batch_rows)
 
     def pop_expired(self, now: float) -> list[Block]:
         """Take the blocks whose deadline has come, the earliest first."""
         expired: list[Block] = []
-        while self._deadlines and self._deadlines[0][0] <= now:
+        while self.wake_at <= now:
             block = heappop(self._deadlines)[2]()
             if block is not None and self.discard(block):
                 expired.append(block)
@@ -261,10 +295,16 @@ class KeyQueue:
 
     @property
     def wake_at(self) -> float:
-        """The next deadline of a waiting block; infinity when none waits."""
-        while self._deadlines and not self._waits(self._deadlines[0][2]()):
+        """The next deadline of a waiting block, which may be later than was noted; infinity when none waits."""
+        while self._deadlines:
+            deadline, _, its = self._deadlines[0]
+            block = its()
+            if block is not None and self._find(block) is not None:
+                if block.deadline <= deadline:
+                    return deadline
+                self._watch(block)
             heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else math.inf
+        return math.inf
 
     def _watch(self, block: Block) -> None:
         heappush(self._deadlines, (block.deadline, self._next_tie(), ref(block)))

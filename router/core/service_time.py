@@ -18,13 +18,17 @@ a batch; so of calls below `FAST_S`, which nobody waits for on purpose but which
 """
 
 import math
+import statistics
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Iterable
 
 # Calls of a key, over all replicas, before anything that can hurt relies on the predictions.
 MIN_CALLS = 20
 # A replica's own line is used from here on, until then that of all replicas together.
 MIN_REPLICA_CALLS = 10
+# Its own line is what others are compared with from here on.
+MIN_PEER_CALLS = 5
 # Calls this short are over before a hold would be worth a timer. Thirteen is prime, so that replicas that take turns
 # all have theirs counted; the first calls are all counted.
 FAST_S = 0.002
@@ -196,3 +200,15 @@ class ServiceTimes:
         """The line of a replica; that of all while it has too few calls of its own."""
         line = self._lines.get(replica)
         return line if line is not None and line.calls >= MIN_REPLICA_CALLS else self.overall
+
+    def ratio(self, replica: str, rows: int, service_s: float, peers: Iterable[str]) -> float | None:
+        """A batch's time on `replica` to the median of what its peers need for as many rows.
+
+        None while no peer is known well enough, and for calls so short that nobody would notice.
+        """
+        if service_s < FAST_S:
+            return None
+        lines = [self._lines[peer] for peer in peers if peer != replica and peer in self._lines]
+        predicted = [line.predict(rows) for line in lines if line.calls >= MIN_PEER_CALLS]
+        usual_s = statistics.median(predicted) if predicted else 0.0
+        return service_s / usual_s if usual_s else None

@@ -75,7 +75,7 @@ class VariableQueue(KeyQueue):
             weights=weights,
             patience_s=patience_s,
         )
-        self._max_batch_bytes = max_batch_bytes
+        self.max_batch_bytes = max_batch_bytes
         self._nbytes = 0
 
     @property
@@ -86,13 +86,13 @@ class VariableQueue(KeyQueue):
     @property
     def seats(self) -> int:
         """See KeyQueue; as wide as the waiting rows are on the average."""
-        by_bytes = self.rows * self._max_batch_bytes // self._nbytes if self._nbytes else self._max_batch_rows
-        return min(self._max_batch_rows, max(by_bytes, 1))
+        by_bytes = self.rows * self.max_batch_bytes // self._nbytes if self._nbytes else self.max_batch_rows
+        return min(self.max_batch_rows, max(by_bytes, 1))
 
     @property
     def is_full(self) -> bool:
         """Whether a whole batch waits: nothing that comes could still go with it."""
-        return super().is_full or self._nbytes >= self._max_batch_bytes
+        return super().is_full or self._nbytes >= self.max_batch_bytes
 
     def push(self, block: Block) -> None:
         """See KeyQueue."""
@@ -104,7 +104,7 @@ class VariableQueue(KeyQueue):
         return self._pop_shared(now)
 
     def _room(self) -> Room:
-        return Room(self._max_batch_rows, self._max_batch_bytes)
+        return Room(self.max_batch_rows, self.max_batch_bytes)
 
     def _count(self, rows: int, nbytes: int) -> None:
         super()._count(rows, nbytes)
@@ -134,7 +134,7 @@ def make_queue(
             patience_s=patience_s,
         )
     return KeyQueue(
-        max_batch_rows=max(1, min(max_batch_rows, max_batch_bytes // key.row_bytes)),
+        max_batch_rows=_batch_rows(key, max_batch_rows, max_batch_bytes),
         max_rows=max_rows,
         budget=budget,
         max_bytes=max_bytes,
@@ -142,3 +142,29 @@ def make_queue(
         weights=weights,
         patience_s=patience_s,
     )
+
+
+def set_bounds(
+    queue: KeyQueue,
+    key: BatchKey,
+    *,
+    max_batch_rows: int,
+    max_batch_bytes: int,
+    max_rows: int,
+    max_bytes: int | None,
+    weights: Mapping[str, float],
+    patience_s: float,
+) -> None:
+    """Change the bounds that `make_queue` gave."""
+    if isinstance(queue, VariableQueue):
+        queue.max_batch_bytes = max_batch_bytes
+    else:
+        max_batch_rows = _batch_rows(key, max_batch_rows, max_batch_bytes)
+    queue.set_bounds(
+        max_batch_rows=max_batch_rows, max_rows=max_rows, max_bytes=max_bytes, weights=weights, patience_s=patience_s
+    )
+
+
+def _batch_rows(key: BatchKey, max_batch_rows: int, max_batch_bytes: int) -> int:
+    """Rows of the largest batch where all are equally wide."""
+    return max(1, min(max_batch_rows, max_batch_bytes // key.row_bytes))

@@ -12,8 +12,8 @@ import asyncio
 import logging
 import re
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Awaitable, Callable
+from typing import NoReturn, TypeVar
 
 import grpc
 import grpc.aio
@@ -21,6 +21,7 @@ import grpc.aio
 from protos.open_inference import open_inference_pb2 as pb
 from protos.open_inference import open_inference_pb2_grpc as pb_grpc
 from router.core.batch import merge
+from router.core.pulse import Sign
 from router.core.types import Batch, BatchAnswer, Outputs, ParameterValue, Tensor
 from router.errors import (
     BackendError,
@@ -37,12 +38,12 @@ from router.errors import (
 
 logger = logging.getLogger(__name__)
 
-# Streams to one replica; beyond it batches wait for one. Servers commonly allow more per connection.
-MAX_STREAMS = 1024
 STREAM_IDLE_S = 60.0
 # Ids of the batches a stream carried last: an answer that repeats one of them is late or double and is passed over.
 REMEMBERED_IDS = 16
 MODEL_TEXT_MAX = 1000
+# The time bound of a batch that is given up: long past.
+ABANDONED_AT = 0.0
 INT64_MAX = 2**63 - 1
 
 _LOST = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED})
@@ -53,6 +54,7 @@ _CALLER_ERRORS: dict[grpc.StatusCode, type[RouterError]] = {
 }
 _REQUEST_ID = re.compile(r"^\[request id: (?P<id>[^\]]*)\] ?")
 
+A = TypeVar("A")
 StreamCall = grpc.aio.StreamStreamCall[pb.ModelInferRequest, pb.ModelStreamInferResponse]
 
 
@@ -70,18 +72,24 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
 
 
 class Replica:
-    """One replica; `start` it on the loop, `aclose` it at the end."""
+    """One replica; `start` it on the loop, `aclose` it at the end.
 
-    def __init__(self, address: str, *, batch_timeout_s: float, max_message_bytes: int) -> None:
+    max_in_flight: batches at a time, whatever their model; each has a stream.
+    """
+
+    def __init__(self, address: str, *, batch_timeout_s: float, max_message_bytes: int, max_in_flight: int) -> None:
         self.address = address
+        self._max_in_flight = max_in_flight
         self._batch_timeout_s = batch_timeout_s
         self._max_message_bytes = max_message_bytes
-        # State: the channel and the task that watches it; streams without a batch, the longest idle first.
+        # State: the channel and the task that watches it; streams without a batch, the longest idle first; the time
+        # bounds of the batches that are out.
         self._channel: grpc.aio.Channel | None = None
-        self._open_stream: Callable[[], StreamCall] | None = None
+        self._stub: pb_grpc.GRPCInferenceServiceAsyncStub | None = None
         self._watch_task: asyncio.Task[None] | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._idle: deque[_Stream] = deque()
+        self._out: set[asyncio.Timeout] = set()
         self._is_connected = False
         self._on_change: Callable[[], None] = lambda: None
         self.in_flight = 0
@@ -91,14 +99,19 @@ class Replica:
         return f"<Replica {self.address} {state}, {self.in_flight} in flight, {len(self._idle)} idle streams>"
 
     @property
+    def is_connected(self) -> bool:
+        """See member.Backend."""
+        return self._is_connected
+
+    @property
     def is_ready(self) -> bool:
-        """Whether a batch may be sent: connected, and a stream to be had."""
-        return self._is_connected and self.in_flight < MAX_STREAMS
+        """See member.Backend."""
+        return self._is_connected and self.in_flight < self._max_in_flight
 
     def start(self, on_change: Callable[[], None]) -> None:
-        """Connect, stay connected, and call `on_change` when `is_ready` may have become true."""
+        """Connect, stay connected, and call `on_change` when `is_ready` may have changed."""
         self._channel = grpc.aio.insecure_channel(self.address, options=channel_options(self._max_message_bytes))
-        self._open_stream = pb_grpc.GRPCInferenceServiceStub(self._channel).ModelStreamInfer
+        self._stub = pb_grpc.GRPCInferenceServiceStub(self._channel)
         self._on_change = on_change
         self._watch_task = asyncio.create_task(self._watch(self._channel), name=f"watch {self.address}")
         self._sweep_timer = asyncio.get_running_loop().call_later(STREAM_IDLE_S, self._sweep)
@@ -127,6 +140,7 @@ class Replica:
             elif state is not grpc.ChannelConnectivity.READY and self._is_connected:
                 logger.warning("backend %s lost, reconnecting", self.address)
                 self._is_connected = False
+                self._on_change()
             await channel.wait_for_state_change(state)
 
     def _sweep(self) -> None:
@@ -143,32 +157,55 @@ class Replica:
         """
         loop = asyncio.get_running_loop()
         stream = None
+        bound = asyncio.timeout(self._batch_timeout_s)
         try:
             request = to_request(batch)
             self._check_size(request)
             stream = self._take_stream()
             dispatched_at = loop.time()
-            async with asyncio.timeout(self._batch_timeout_s):
+            self._out.add(bound)
+            async with bound:
                 response = await stream.exchange(request)
             outputs = to_outputs(response)
             stream.idle_since = answered_at = loop.time()
             self._idle.append(stream)
             stream = None
         except TimeoutError as error:
+            if bound.when() == ABANDONED_AT:
+                raise StreamLost(f"{self.address} gave no sign of life") from error
             raise BatchTimeout(f"{self.address} did not answer within {self._batch_timeout_s:g} s") from error
         finally:
+            self._out.discard(bound)
             if stream:
                 stream.close()
         return BatchAnswer(outputs, batch.id, batch.rows, self.address, dispatched_at, answered_at)
 
+    def abandon(self) -> None:
+        """See member.Backend. Their streams end with them."""
+        for bound in self._out:
+            if not bound.expired():
+                bound.reschedule(ABANDONED_AT)
+
+    async def probe(self) -> Sign:
+        """See member.Backend. A foreign server may know neither question; it lives if it says so."""
+        assert self._stub is not None, "probe() before start(): this is a bug"
+        try:
+            live = await _hear(self._stub.ServerLive(pb.ServerLiveRequest()), self.address)
+            if live is not None and not live.live:
+                return Sign.NONE
+            ready = await _hear(self._stub.ServerReady(pb.ServerReadyRequest()), self.address)
+        except StreamLost:
+            return Sign.NONE
+        return Sign.READY if ready is None or ready.ready else Sign.UNREADY
+
     def reserve(self) -> None:
-        """See slots.Backend."""
+        """See member.Backend."""
         self.in_flight += 1
 
     def free(self) -> None:
-        """See slots.Backend."""
+        """See member.Backend."""
         self.in_flight -= 1
-        if self.in_flight == MAX_STREAMS - 1:
+        if self.in_flight == self._max_in_flight - 1:
             self._on_change()
 
     def _take_stream(self) -> "_Stream":
@@ -178,13 +215,23 @@ class Replica:
             if not stream.is_over:
                 return stream
             stream.close()
-        assert self._open_stream is not None, "infer() before start(): this is a bug"
-        return _Stream(self._open_stream(), self.address)
+        assert self._stub is not None, "infer() before start(): this is a bug"
+        return _Stream(self._stub.ModelStreamInfer(), self.address)
 
     def _check_size(self, request: pb.ModelInferRequest) -> None:
         size = request.ByteSize()
         if size > self._max_message_bytes:
             raise Refused(f"a batch of {size} bytes is over the message limit of {self._max_message_bytes} bytes")
+
+
+async def _hear(answer: Awaitable[A], address: str) -> A | None:
+    """An answer; None where the server does not know the question, or fails at it. Raises StreamLost."""
+    try:
+        return await answer
+    except grpc.aio.AioRpcError as error:
+        if error.code() in _LOST:
+            raise StreamLost(f"{address}: {error.details()}") from error
+        return None
 
 
 class _Stream:
@@ -312,10 +359,3 @@ def translate_status(code: grpc.StatusCode, details: str | None, address: str) -
 def model_text(text: str) -> str:
     """A model's own words for a caller, cut to 1,000 characters."""
     return text if len(text) <= MODEL_TEXT_MAX else text[: MODEL_TEXT_MAX - 3] + "..."
-
-
-def connect(addresses: Sequence[str], *, batch_timeout_s: float, max_message_bytes: int) -> list[Replica]:
-    """A replica for each address, not started."""
-    return [
-        Replica(address, batch_timeout_s=batch_timeout_s, max_message_bytes=max_message_bytes) for address in addresses
-    ]

@@ -11,13 +11,14 @@ It moves whole batches: no gRPC, no callers, no rows. Every decision is a plain 
 import asyncio
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from router.core.balance import Load, choose
 from router.core.retry import pause_s
-from router.core.types import Batch, BatchAnswer
+from router.core.types import Batch
+from router.dispatch.member import Member
 from router.errors import BackendError
 
 # Timers of uvloop have ticks of a millisecond and ring up to half of one early. Without this an alarm that rings early
@@ -25,37 +26,14 @@ from router.errors import BackendError
 CLOCK_SLACK_S = 0.0006
 
 
-class Backend(Protocol):
-    """A replica as the pool sees it: replica.Replica, or a fake."""
-
-    address: str
-    in_flight: int
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a batch may be sent."""
-
-    def reserve(self) -> None:
-        """Count a batch that will be sent; at once, so that no two find the last room."""
-
-    def free(self) -> None:
-        """Count a reserved batch as gone."""
-
-    def start(self, on_change: Callable[[], None]) -> None:
-        """Connect; call back when `is_ready` may have become true."""
-
-    async def infer(self, batch: Batch) -> BatchAnswer:
-        """Send one batch. Raises BackendError."""
-
-    async def aclose(self) -> None:
-        """Let go of everything."""
-
-
 class Taker(Protocol):
     """Who wants slots: a key's batcher."""
 
-    def take(self, slots: "ModelSlots", now: float) -> Batch | None:
-        """Form a batch for a slot that is at hand, or None: nothing waits, or the policy holds it."""
+    def take(self, slots: "ModelSlots", now: float, max_rows: int | None) -> Batch | None:
+        """Form a batch for a slot that is at hand, or None: nothing waits, or the policy holds it.
+
+        `max_rows`: the most that the slot's replica is trusted with; None: as many as the key allows.
+        """
 
     def dispatch(self, batch: Batch, slot: "Slot") -> None:
         """Send the batch; the slot is the taker's until `pool.infer` has ended."""
@@ -70,9 +48,9 @@ class Taker(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Seat:
-    """One model's standing with one replica."""
+    """One model's place at one replica."""
 
-    replica: Backend
+    member: Member
     in_flight: int = 0
     failures: int = 0
     resume_at: float = 0.0
@@ -80,22 +58,23 @@ class Seat:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """The permit for one batch; expected to be free again at `back_at`."""
+    """The permit for one batch, taken at `taken_at`; expected to be free again at `back_at`."""
 
     slots: "ModelSlots"
     seat: Seat
+    taken_at: float
     back_at: float
 
 
 class ModelSlots:
     """The slots of one model over all replicas of its pool."""
 
-    def __init__(self, replicas: Sequence[Backend], max_in_flight: int) -> None:
+    def __init__(self, members: Iterable[Member], max_in_flight: int) -> None:
         self._max_in_flight = max_in_flight
-        # State: a seat per replica; the slots that are taken; keys in turn for a slot, keys whose hold ends when a slot
+        # State: a seat per member; the slots that are taken; keys in turn for a slot, keys whose hold ends when a slot
         # is taken or freed, and keys whose hold does not: each key in one of the three at most; one timer for the end
         # of a pause; whether `assign` is about to run.
-        self._seats = [Seat(replica) for replica in replicas]
+        self._seats = [Seat(member) for member in members]
         self._taken: set[Slot] = set()
         self._waiting: OrderedDict[Taker, None] = OrderedDict()
         self._held: OrderedDict[Taker, None] = OrderedDict()
@@ -119,7 +98,7 @@ class ModelSlots:
 
     def count_free(self, now: float) -> int:
         """See policy.Slots."""
-        return sum(self._max_in_flight - seat.in_flight for seat in self._seats if self._load(seat, now).can_take)
+        return sum(self._count_room(seat) for seat in self._seats if self._load(seat, now).can_take)
 
     def expected_back(self) -> list[float]:
         """See policy.Slots."""
@@ -128,7 +107,9 @@ class ModelSlots:
     @property
     def usable(self) -> int:
         """Slots, free or not, on replicas that are there; 0 without a limit."""
-        return self._max_in_flight * sum(seat.replica.is_ready for seat in self._seats)
+        return self._max_in_flight * sum(
+            seat.member.is_admitted and seat.member.replica.is_ready for seat in self._seats
+        )
 
     @property
     def waiting_keys(self) -> int:
@@ -139,6 +120,19 @@ class ModelSlots:
         """Seconds until each usable slot should be free, 0 for those that are, ascending."""
         busy = sorted(max(slot.back_at - now, 0.0) for slot in self._taken)
         return [0.0] * max(self.usable - len(busy), 0) + busy
+
+    def join(self, member: Member) -> None:
+        """A member has come; it takes batches from the next `assign` on."""
+        self._seats.append(Seat(member))
+
+    def leave(self, member: Member) -> None:
+        """A member without batches is gone."""
+        self._seats = [seat for seat in self._seats if seat.member is not member]
+
+    def set_max_in_flight(self, max_in_flight: int) -> None:
+        """Change the slots per replica; what is in flight beyond them ends in its own time."""
+        self._max_in_flight = max_in_flight
+        self.assign()
 
     def request(self, taker: Taker) -> None:
         """Queue for a slot, behind the other keys of the model; it may be had at once."""
@@ -167,9 +161,10 @@ class ModelSlots:
                 self._wait_for_pause(now)
                 return
             taker, _ = self._waiting.popitem(last=False)
-            batch = taker.take(self, now)
+            batch = taker.take(self, now, seat.member.max_rows)
             if batch is not None:
-                taker.dispatch(batch, self._occupy(seat, now + taker.expect_s(batch, seat.replica.address)))
+                expected_s = taker.expect_s(batch, seat.member.address)
+                taker.dispatch(batch, self._occupy(seat, now, now + expected_s))
             if taker.wants_slot:
                 self._waiting[taker] = None
 
@@ -180,7 +175,7 @@ class ModelSlots:
         """
         self._taken.remove(slot)
         slot.seat.in_flight -= 1
-        slot.seat.replica.free()
+        slot.seat.member.replica.free()
         if error is None or not error.may_requeue:
             slot.seat.failures = 0
         else:
@@ -197,11 +192,13 @@ class ModelSlots:
             seat.failures += 1
             seat.resume_at = now + pause_s(seat.failures, random.random())  # noqa: S311 (spreads, guards nothing)
 
-    def _occupy(self, seat: Seat, back_at: float) -> Slot:
-        slot = Slot(self, seat, back_at)
+    def _occupy(self, seat: Seat, now: float, back_at: float) -> Slot:
+        slot = Slot(self, seat, now, back_at)
         self._taken.add(slot)
         seat.in_flight += 1
-        seat.replica.reserve()
+        seat.member.replica.reserve()
+        if seat.member.is_on_trial:
+            seat.member.trial = slot
         self._ask_held_again()
         return slot
 
@@ -215,8 +212,11 @@ class ModelSlots:
 
     def _load(self, seat: Seat, now: float) -> Load:
         has_slot = not self._max_in_flight or seat.in_flight < self._max_in_flight
-        can_take = has_slot and seat.replica.is_ready and seat.resume_at <= now + CLOCK_SLACK_S
-        return Load(seat.in_flight, seat.replica.in_flight, can_take)
+        can_take = has_slot and seat.member.can_take and seat.resume_at <= now + CLOCK_SLACK_S
+        return Load(seat.in_flight, seat.member.replica.in_flight, can_take, seat.member.preference)
+
+    def _count_room(self, seat: Seat) -> int:
+        return 1 if seat.member.is_on_trial else self._max_in_flight - seat.in_flight
 
     def _wait_for_pause(self, now: float) -> None:
         resumes = [seat.resume_at for seat in self._seats if seat.resume_at > now + CLOCK_SLACK_S]

@@ -332,10 +332,11 @@ def _choose(outputs: Sequence[Tensor], name: str | None) -> Tensor:
 
 
 def explain(part: Part, answer: BatchAnswer) -> pb.Explanation:
-    """Where the time of a part's answer went."""
+    """Where the time of a part's answer went; the batch may have been sent, or answered, before the rows arrived."""
+    begun_at = max(answer.dispatched_at, part.block.arrived_at)
     return pb.Explanation(
-        queued_s=answer.dispatched_at - part.block.arrived_at,
-        backend_s=answer.answered_at - answer.dispatched_at,
+        queued_s=begun_at - part.block.arrived_at,
+        backend_s=max(answer.answered_at - begun_at, 0.0),
         batch_id=answer.batch_id,
         batch_rows=answer.batch_rows,
         replica=answer.replica,

@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 
 from protos.open_inference import open_inference_pb2 as pb
+from router.config import Settings
 from router.core.batch import rows_of
 from router.core.types import BatchAnswer, Part, Tensor
 from router.dataplane import Call
@@ -43,6 +44,10 @@ class OpenInferenceServicer:
         self._around = around
         self._rpcs = rpcs
         self._targets = tensors.Targets(around.settings)
+
+    def apply(self, settings: Settings) -> None:
+        """Find models by other settings."""
+        self._targets = tensors.Targets(settings)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register what is there; see InferenceServicer."""

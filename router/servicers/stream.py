@@ -49,15 +49,21 @@ UNREAD_RETRY_AFTER_S = 1.0
 TURN = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Surroundings:
-    """What all sessions of a router share."""
+    """What all sessions of a router share, and the settings that hold now: keep neither `settings` nor `routes`."""
 
     settings: Settings
     plane: DataPlane
     routes: convert.Routes
     access: Access
     outputs: convert.VectorOutputs
+
+    def apply(self, settings: Settings) -> None:
+        """Read new requests by other settings."""
+        self.settings = settings
+        self.routes = convert.Routes(settings)
+        self.access.set_log_requests(settings.log_requests)
 
 
 class StreamSession:
@@ -67,11 +73,11 @@ class StreamSession:
         self._around = around
         self._context = context
         self._loop = asyncio.get_running_loop()
-        self._max_open = around.settings.limits.max_open_calls
-        self._max_known = 2 * self._max_open
-        # State: calls by id until their last answer is handed to the wire; the messages to write, the last of which
-        # still fills, their bytes, and how many of them may hold answers that nobody wants any more; calls that were
-        # answered and not counted yet; what wakes the writer; whether client or router wants to end the stream.
+        # State: how many calls may be open, by the settings at the last message; calls by id until their last answer is
+        # handed to the wire; the messages to write, the last of which still fills, their bytes, and how many of them
+        # may hold answers that nobody wants any more; calls that were answered and not counted yet; what wakes the
+        # writer; whether client or router wants to end the stream.
+        self._max_open = 0
         self._calls: dict[int, _StreamReply] = {}
         self._outbox: deque[_Message] = deque()
         self._unread_bytes = 0
@@ -131,6 +137,7 @@ class StreamSession:
 
     async def _take(self, request: pb.PredictStreamRequest) -> None:
         """First the cancels of calls that were open before this message, so that their ids may come back in it."""
+        self._max_open = self._around.settings.limits.max_open_calls
         late_cancels = await self._cancel_all(request.cancels)
         is_first = True
         for some in convert.read_calls(request.calls, TURN, self._around.settings.limits.max_agents):
@@ -159,7 +166,7 @@ class StreamSession:
     @property
     def _is_overfull(self) -> bool:
         """Whether the client leaves too much unread; see MAX_UNREAD_BYTES."""
-        return len(self._calls) > self._max_known or self._unread_bytes > 2 * MAX_UNREAD_BYTES
+        return len(self._calls) > 2 * self._max_open or self._unread_bytes > 2 * MAX_UNREAD_BYTES
 
     async def _wait_for_reader(self) -> None:
         while self._is_overfull:

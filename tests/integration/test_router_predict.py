@@ -400,3 +400,29 @@ async def test_a_text_that_no_status_can_hold_is_cut_and_keeps_its_code() -> Non
         error = await fails(stack.stub, pb.PredictRequest(agents={"a": agent(1, model=name * 4)}))
         assert error.code() is grpc.StatusCode.NOT_FOUND
         assert len(str(error.details())) > 300
+
+
+async def test_equal_rows_of_many_requests_are_computed_once_and_their_answer_is_kept() -> None:
+    gate = Gate()
+    model = {"deterministic": True, "cache_ttl_s": 60.0}
+    async with serving(gate.mock(), model=model) as stack:
+        request = pb.PredictRequest(
+            agents={"alice": agent(1, 2), "bob": agent(1, 2), "carol": agent(3, 4)}, explain=True
+        )
+        calls = [asyncio.ensure_future(stack.stub.Predict(request)) for _ in range(8)]
+        await stack.until_gauge("router_open_calls", len(calls))
+        gate.open()
+        responses = [*await asyncio.gather(*calls), await stack.stub.Predict(request)]
+        alice, carol = truth("churn", [[1, 2], [3, 4]])
+        for response in responses:
+            assert [list(response.results[name].output) for name in ("alice", "bob", "carol")] == [
+                [alice],
+                [alice],
+                [carol],
+            ]
+        assert [batch.rows for batch in stack.mock.batches] == [2]
+        told = [response.results["carol"].explanation for response in responses]
+        assert {one.batch_id for one in told} == {told[0].batch_id}
+        assert [one.attempts for one in told] == [1] * 8 + [0]
+        assert stack.count("router_shared_rows_total", backend="mock") == 22
+        assert stack.count("router_cached_rows_total", backend="mock") == 3

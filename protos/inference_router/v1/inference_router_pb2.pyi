@@ -95,7 +95,7 @@ class Explanation(_message.Message):
     replica: _builtins.str
     """Address of the replica that answered."""
     attempts: _builtins.int
-    """How often these rows were sent to a backend, this time included."""
+    """How often these rows were sent to a backend, this time included; 0: the answer was kept from an earlier call."""
     def __init__(
         self,
         *,

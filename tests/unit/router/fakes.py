@@ -1,14 +1,16 @@
 """Stand-ins at the router's seams: a backend that answers when the test says so, and a reply that remembers."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from router.core.batch import merge
+from router.core.pulse import Sign
 from router.core.types import Batch, BatchAnswer, Outputs, Part, Tensor
-from router.errors import BackendError, RouterError
+from router.dispatch.pool import ReplicaPool, Rules
+from router.errors import BackendError, RouterError, StreamLost
 
 
 def double(batch: Batch) -> Outputs:
@@ -36,9 +38,21 @@ class Sent:
     def fail(self, error: BackendError) -> None:
         self.future.set_exception(error)
 
+    def end(self, error: BackendError | None) -> None:
+        """Answer or fail, unless nobody waits any more."""
+        if self.future.done():
+            return
+        if error:
+            self.fail(error)
+        else:
+            self.answer()
+
 
 class FakeBackend:
-    """A slots.Backend. `service_s`: answer by itself after so many virtual seconds; None: hang."""
+    """A member.Backend. `service_s`: answer by itself after so many virtual seconds; None: hang.
+
+    `error`: fail then instead of answering.
+    """
 
     def __init__(self, address: str = "fake:1", *, service_s: float | None = None, is_ready: bool = True) -> None:
         self.address = address
@@ -46,9 +60,20 @@ class FakeBackend:
         self.most_in_flight = 0
         self.sent: list[Sent] = []
         self.is_closed = False
-        self._service_s = service_s
+        self.service_s = service_s
+        self.error: BackendError | None = None
+        # What probes find, after how long, and when they came; frozen: nothing is answered from now on.
+        self.sign = Sign.READY
+        self.probe_s = 0.01
+        self.probed_at: list[float] = []
+        self.is_frozen = False
+        self._lost = asyncio.Event()
         self._is_ready = is_ready
         self._on_change: Callable[[], None] = lambda: None
+
+    @property
+    def is_connected(self) -> bool:
+        return self._is_ready
 
     @property
     def is_ready(self) -> bool:
@@ -56,6 +81,8 @@ class FakeBackend:
 
     def set_ready(self, *, is_ready: bool) -> None:
         self._is_ready = is_ready
+        self._lost.set()
+        self._lost = asyncio.Event()
         self._on_change()
 
     def reserve(self) -> None:
@@ -75,10 +102,40 @@ class FakeBackend:
         loop = asyncio.get_running_loop()
         sent = Sent(batch, loop.time(), loop.create_future())
         self.sent.append(sent)
-        if self._service_s is not None:
-            loop.call_later(self._service_s, sent.answer)
+        if self.service_s is not None:
+            loop.call_later(self.service_s, self._end, sent)
         outputs = await sent.future
         return BatchAnswer(outputs, batch.id, batch.rows, self.address, sent.at, loop.time())
+
+    def _end(self, sent: Sent) -> None:
+        if not self.is_frozen:
+            sent.end(self.error)
+
+    def abandon(self) -> None:
+        for sent in self.sent:
+            sent.end(StreamLost("abandoned"))
+
+    async def probe(self) -> Sign:
+        self.probed_at.append(asyncio.get_running_loop().time())
+        await asyncio.sleep(self.probe_s)
+        if self.is_frozen:
+            await self._lost.wait()
+            return Sign.NONE
+        return self.sign
+
+
+def pool_of(
+    *replicas: FakeBackend,
+    later: Sequence[FakeBackend] = (),
+    max_in_flight: int = 1,
+    ejection_s: float = 30.0,
+    probe_interval_s: float = 0.0,
+) -> ReplicaPool:
+    """A pool of fakes, not started; those of `later` join when their addresses are set. Batches time out after 60 s."""
+    by_address = {replica.address: replica for replica in (*replicas, *later)}
+    addresses = [replica.address for replica in replicas]
+    rules = Rules(max_in_flight, ejection_s, probe_interval_s, batch_timeout_s=60.0, resolve_interval_s=5.0)
+    return ReplicaPool(by_address.__getitem__, addresses, rules)
 
 
 @dataclass(eq=False)

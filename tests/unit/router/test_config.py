@@ -34,7 +34,9 @@ def test_without_a_file_the_defaults_serve_every_model_from_one_local_backend() 
     settings = load()
     shown = yaml.safe_load(settings.to_yaml())
     assert DESIGNED_DEFAULTS.items() <= shown.items()
-    assert shown["backends"] == {"mock": {"addresses": ["127.0.0.1:50061"], "protocol": "stream", "max_in_flight": 4}}
+    designed = {"addresses": ["127.0.0.1:50061"], "protocol": "stream", "max_in_flight": 4}
+    assert list(shown["backends"]) == ["mock"]
+    assert designed.items() <= shown["backends"]["mock"].items()
     model = settings.route("any", "thing")
     assert model is not None
     assert (model.backend, model.max_batch_size, model.max_batch_bytes) == ("mock", 64, 8388608)
@@ -64,6 +66,18 @@ def test_the_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_environment_alone_changes_the_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROUTER_BACKENDS__MOCK__ADDRESSES", '["a:1", "b:2"]')
     assert load().backends["mock"].addresses == ["a:1", "b:2"]
+
+
+def test_addresses_may_be_names_to_look_up_and_files() -> None:
+    given = [
+        "10.0.0.1:50061",
+        "dns:///models.local:50061",
+        "dns:///[::1]:50061",
+        "file:replicas.txt",
+        "file:/etc/replicas",
+    ]
+    settings = load(write(f"backends: {{mock: {{addresses: {given}}}}}\nmodels: [{{backend: mock}}]"))
+    assert settings.backends["mock"].addresses == given
 
 
 def test_the_first_model_that_matches_wins_and_none_means_not_served() -> None:
@@ -97,7 +111,26 @@ BASE = "backends: {mock: {addresses: ['h:1']}}\nmodels: [{backend: mock}]\n"
             "backends: {mock: {addresses: ['h']}}\nmodels: [{backend: mock}]",
             "backends.mock.addresses.0: 'h' is not HOST:PORT",
         ),
-        ("backends: {mock: {addresses: ['dns:///h:1']}}\nmodels: [{backend: mock}]", "is not HOST:PORT"),
+        (
+            "backends: {mock: {addresses: ['dns://8.8.8.8/h:1']}}\nmodels: [{backend: mock}]",
+            "backends.mock.addresses.0: 'dns://8.8.8.8/h:1' is not dns:///NAME:PORT",
+        ),
+        ("backends: {mock: {addresses: ['dns:///h']}}\nmodels: [{backend: mock}]", "'h' is not HOST:PORT"),
+        ("backends: {mock: {addresses: ['dns:///h:0']}}\nmodels: [{backend: mock}]", "names no port to connect to"),
+        ("backends: {mock: {addresses: ['file:']}}\nmodels: [{backend: mock}]", "names no file; it is file:PATH"),
+        ("backends: {mock: {addresses: ['h:1'], ejection_s: 0}}\nmodels: [{backend: mock}]", "mock.ejection_s: "),
+        (
+            "backends: {mock: {addresses: ['h:1'], probe_interval_s: -1}}\nmodels: [{backend: mock}]",
+            "probe_interval_s: ",
+        ),
+        (
+            "backends: {mock: {addresses: ['h:1'], resolve_interval_s: 0}}\nmodels: [{backend: mock}]",
+            "resolve_interval",
+        ),
+        (
+            "backends: {mock: {addresses: ['h:1'], max_in_flight_total: 0}}\nmodels: [{backend: mock}]",
+            "in_flight_total",
+        ),
         ("backends: {mock: {addresses: ['h:99999']}}\nmodels: [{backend: mock}]", "no port from 0 to 65535"),
         (
             "backends: {mock: {addresses: ['h:1'], protocol: unary}}\nmodels: [{backend: mock}]",
@@ -173,3 +206,13 @@ def test_every_mistake_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as wrong:
         load(write(BASE + "listen: x\nmetrics: y"))
     assert len(str(wrong.value).splitlines()) == 2
+
+
+def test_answers_are_kept_only_where_equal_rows_have_equal_answers() -> None:
+    text = "backends: {x: {addresses: [h:2]}}\nmodels: [{backend: x, cache_ttl_s: 5%s}]"
+    with pytest.raises(ConfigError) as refused:
+        load(write(text % ""))
+    assert str(refused.value) == "models.0: cache_ttl_s: answers may be kept only where deterministic is true"
+    model = load(write(text % ", deterministic: true")).route("any", "thing")
+    assert model is not None
+    assert (model.cache_ttl_s, model.cache_max_bytes) == (5, 16 * 1024 * 1024)

@@ -15,7 +15,6 @@ from router.core.service_time import MIN_CALLS
 from router.core.types import BatchAnswer, BatchKey, Block, Part, Tensor
 from router.core.variable import VariableBlock
 from router.dataplane import Call, DataPlane
-from router.dispatch.pool import ReplicaPool
 from router.errors import (
     BackendError,
     BackendExhausted,
@@ -33,7 +32,7 @@ from router.errors import (
 )
 from router.metrics import Metrics
 from tests.builders import decode_texts, encode_texts, make_block, make_key, make_texts
-from tests.unit.router.fakes import FakeBackend, RecordingReply, Sent
+from tests.unit.router.fakes import FakeBackend, RecordingReply, Sent, pool_of
 
 pytestmark = pytest.mark.anyio
 
@@ -50,7 +49,7 @@ class Plane:
             limits=limits,  # type: ignore[arg-type]
         )
         self.metrics = Metrics()
-        self.pool = ReplicaPool(replicas, slots)
+        self.pool = pool_of(*replicas, max_in_flight=slots)
         self.pool.start()
         self.plane = DataPlane(settings, {"fake": self.pool}, self.metrics)
         self.loop = asyncio.get_running_loop()
@@ -320,7 +319,7 @@ async def test_a_row_with_less_time_than_any_call_took_is_answered_at_once_and_n
         hopeless, hopeful = plane.call([1], timeout_s=0.9), plane.call([2], timeout_s=1.1)
         await settle()
         assert isinstance(error := hopeless.reply.failures[0, 0], DeadlineExceeded)
-        assert error.message == "0.9 s are left to the deadline, and a call takes at least 1 s"
+        assert error.message == "the model takes 1 s at least, 0.9 s are left"
         assert hopeless.reply.ended_at == start
         assert [sent.values for sent in backend.sent] == [[2]]
         backend.sent[0].answer()
@@ -361,7 +360,7 @@ async def test_a_row_that_waits_is_given_up_when_a_call_would_be_too_late_and_no
 
 
 async def test_only_the_infeasible_rows_of_a_call_fail() -> None:
-    slow, fast = FakeBackend(), FakeBackend()
+    slow, fast = FakeBackend("slow:1"), FakeBackend("fast:1")
     other = make_key(model="other")
     async with plane_of(slow, fast) as plane:
         await settled(plane, slow)

@@ -13,12 +13,11 @@ import pytest
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from router.config import Settings
 from router.dataplane import DataPlane
-from router.dispatch.pool import ReplicaPool
 from router.metrics import Metrics
 from router.servicers.access import Access
 from router.servicers.convert import Routes, VectorOutputs
 from router.servicers.stream import Context, StreamSession, Surroundings
-from tests.unit.router.fakes import FakeBackend
+from tests.unit.router.fakes import FakeBackend, pool_of
 
 pytestmark = pytest.mark.anyio
 
@@ -70,7 +69,7 @@ class Session:
         )
         self.metrics = Metrics()
         self.backend = FakeBackend(service_s=0.1)
-        self.plane = DataPlane(settings, {"mock": ReplicaPool([self.backend], 4)}, self.metrics)
+        self.plane = DataPlane(settings, {"mock": pool_of(self.backend, max_in_flight=4)}, self.metrics)
         access = Access(self.metrics, settings.log_requests)
         around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs())
         self.client = Client()

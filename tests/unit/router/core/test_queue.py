@@ -53,6 +53,41 @@ def test_full_means_a_whole_batch_waits(rows: int, is_full: bool) -> None:
     assert queue.is_full is is_full
 
 
+def test_of_a_block_only_some_rows_may_be_kept_and_they_keep_their_place() -> None:
+    queue = make_queue(max_batch_rows=8)
+    block = make_block(1, 2, 3, 4, 5)
+    queue.push(block)
+    queue.push(make_block(6))
+    queue.keep(block, [(1, 2), (4, 1)])
+    assert repr(queue) == "<KeyQueue 4 rows in 2 blocks>"
+    assert values_of(queue.pop_batch(0.0)) == [2, 3, 5, 6]
+    queue.keep(block, [(0, 5)])
+    assert repr(queue) == "<KeyQueue 0 rows in 0 blocks>"
+
+
+def test_of_a_block_that_is_cut_what_waits_is_kept_with_its_attempts() -> None:
+    budget = Budget(10_000)
+    queue = KeyQueue(max_batch_rows=2, max_rows=100, row_bytes=4, budget=budget)
+    block = make_block(1, 2, 3, 4)
+    queue.push(block)
+    taken = queue.pop_batch(0.0)
+    queue.requeue([part.tried() for part in taken])
+    queue.keep(block, [(1, 2)])
+    assert (budget.rows, budget.used_bytes) == (2, 8)
+    assert [(part.first, part.rows, part.attempts) for part in queue.pop_batch(0.0)] == [(1, 1, 1), (2, 1, 0)]
+    assert (budget.rows, budget.used_bytes) == (0, 0)
+
+
+def test_a_deadline_that_has_become_later_counts_from_then_on() -> None:
+    queue = make_queue()
+    block = make_block(1, deadline=5.0)
+    queue.push(block)
+    block.deadline = 9.0
+    assert queue.pop_expired(5.0) == []
+    assert queue.wake_at == 9.0
+    assert queue.pop_expired(9.0) == [block]
+
+
 def test_requeued_rows_return_to_the_head_in_their_order() -> None:
     queue = make_queue(max_batch_rows=4)
     queue.push(make_block(1, 2, 3))

@@ -151,3 +151,23 @@ def test_of_very_short_calls_only_some_are_counted_and_every_replica_has_its_own
     assert all(times.of(f"replica:{number}") is not times.overall for number in range(4))
     times.observe("replica:0", 8, FAST_S)
     assert times.calls == RESIDUALS + 4 * MIN_REPLICA_CALLS + 1
+
+
+def test_a_batch_is_compared_with_the_median_of_its_peers_for_as_many_rows() -> None:
+    times = ServiceTimes()
+    for replica, per_row_s in (("a", 0.01), ("b", 0.02), ("c", 0.09), ("slow", 1.0)):
+        for rows in (10, 20, 30, 20, 10):
+            times.observe(replica, rows, 0.1 + per_row_s * rows)
+    assert times.ratio("slow", 20, 2.0, ["a", "b", "c", "slow"]) == pytest.approx(2.0 / 0.5, rel=0.01)
+    assert times.ratio("slow", 20, 2.0, ["a", "b", "slow"]) == pytest.approx(2.0 / 0.4, rel=0.01)
+
+
+def test_peers_that_are_hardly_known_compare_with_nobody() -> None:
+    times = ServiceTimes()
+    for _ in range(4):
+        times.observe("a", 1, 1.0)
+    assert times.ratio("b", 1, 5.0, ["a", "b"]) is None
+    times.observe("a", 1, 1.0)
+    assert times.ratio("b", 1, 5.0, ["a", "b"]) == pytest.approx(5.0)
+    assert times.ratio("b", 1, 5.0, ["b"]) is None
+    assert times.ratio("b", 1, 0.0019, ["a", "b"]) is None

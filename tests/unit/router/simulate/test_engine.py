@@ -10,11 +10,10 @@ from router.config import Settings
 from router.core.policy import Policy, Window, WorkConserving
 from router.core.types import Batch, BatchAnswer, Block
 from router.dataplane import DataPlane
-from router.dispatch.pool import ReplicaPool
 from router.metrics import Metrics
 from router.simulate.engine import Arrival, ClosedLoop, Outcome, Setup, Simulation
 from tests.builders import make_block, make_key
-from tests.unit.router.fakes import FakeBackend, RecordingReply
+from tests.unit.router.fakes import FakeBackend, RecordingReply, pool_of
 
 SERVICE_S = 0.5
 
@@ -80,7 +79,7 @@ class Taped(FakeBackend):
 
     async def infer(self, batch: Batch) -> BatchAnswer:
         self.tape.append((asyncio.get_running_loop().time(), batch.rows))
-        self._service_s = SERVICE_S + PER_ROW_S * batch.rows
+        self.service_s = SERVICE_S + PER_ROW_S * batch.rows
         return await super().infer(batch)
 
 
@@ -116,7 +115,7 @@ async def serve(arrivals: list[Arrival]) -> tuple[list[tuple[float, int]], list[
     )
     loop = asyncio.get_running_loop()
     replicas = [Taped("0"), Taped("1")]
-    pool = ReplicaPool(replicas, 1)
+    pool = pool_of(*replicas)
     pool.start()
     plane = DataPlane(settings, {"fake": pool}, Metrics())
     start = loop.time()

@@ -1,0 +1,202 @@
+"""Lanes: the live keys, each with what its blocks are given to, made on demand and forgotten when idle.
+
+A lane is a key's batcher, or the `SingleFlight` before it. When settings change, a lane whose pool is the same goes on
+by the new ones, with all that waits and all that was learned. Where the pool is another, or the model is gone, the lane
+is retired: it serves what it has on the pool it has, while new rows go elsewhere, and is dropped once it is empty.
+
+No calls, no batching rules, no replicas here.
+"""
+
+import asyncio
+import itertools
+import math
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from router.batcher import Batcher
+from router.config import ModelSettings, Settings
+from router.core.budget import Budget
+from router.core.policy import choose_policy
+from router.core.types import BatchKey, Block
+from router.core.variable_queue import make_queue
+from router.dispatch.pool import ReplicaPool
+from router.errors import NotFound, ResourceExhausted
+from router.metrics import Metrics
+from router.single_flight import SingleFlight
+
+KEYS_RETRY_AFTER_S = 60.0
+# Idle keys, and retired ones that are empty, are not looked for more often.
+MIN_SWEEP_S = 1.0
+
+
+class Lane(Protocol):
+    """What a key's blocks are given to."""
+
+    def infer(self, block: Block) -> None:
+        """Take a block; its recipient hears of every row. Raises RouterError when it is refused."""
+
+    def discard(self, block: Block) -> None:
+        """Nobody waits for a block any more; one that is not here is none of ours."""
+
+
+@dataclass(slots=True, eq=False)
+class _Site:
+    """One key's batcher with what stands before it, and the pool it serves from."""
+
+    batcher: Batcher
+    pool: ReplicaPool
+    single_flight: SingleFlight | None = None
+
+    @property
+    def lane(self) -> SingleFlight | Batcher:
+        return self.single_flight or self.batcher
+
+
+class Lanes:
+    """The lanes of a router by key. `pools` by backend; the caller may change the map before `apply`."""
+
+    def __init__(self, settings: Settings, pools: Mapping[str, ReplicaPool], metrics: Metrics) -> None:
+        self._settings = settings
+        self._pools = pools
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        ids, prefix = itertools.count(1), secrets.token_hex(4)
+        self._next_batch_id = lambda: f"{prefix}-{next(ids)}"
+        # State: a lane per live key, and what belongs to it; those that only end what they hold; what all queues hold.
+        self.by_key: dict[BatchKey, Lane] = {}
+        self._sites: dict[BatchKey, _Site] = {}
+        self._retired: list[_Site] = []
+        self.budget = Budget(settings.limits.max_queued_bytes)
+        self._set_budget()
+        self._sweep_timer = self._loop.call_later(settings.limits.key_idle_s, self._sweep)
+        self._tidy_timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def open(self, key: BatchKey) -> Lane:
+        """A lane for a key that has none. Raises NotFound or ResourceExhausted."""
+        limits = self._settings.limits
+        if len(self._sites) >= limits.max_keys:
+            message = f"{limits.max_keys} kinds of rows (model, agent type, vector length) are in use, no more may be"
+            raise ResourceExhausted(message, reason="keys", retry_after_s=KEYS_RETRY_AFTER_S)
+        model = self._settings.route(key.model_name, key.agent_type)
+        if model is None:
+            raise NotFound(f"no model {key.model_name!r} for agent type {key.agent_type!r}")
+        site = self._sites[key] = _Site(self._make_batcher(key, model), self._pools[model.backend])
+        return self._set_sharing(key, site, model)
+
+    def apply(self, settings: Settings) -> None:
+        """Go on by other settings; `pools` has them already."""
+        self._settings = settings
+        self._set_budget()
+        for site in self._all():
+            site.batcher.recount()
+        for key, site in list(self._sites.items()):
+            model = settings.route(key.model_name, key.agent_type)
+            if model is None or site.pool is not self._pools[model.backend]:
+                self._retire(key)
+            else:
+                self._configure(key, site, model)
+        self._sweep_timer.cancel()
+        self._sweep()
+
+    def _set_budget(self) -> None:
+        limits = self._settings.limits
+        self.budget.set_bounds(
+            limits.max_queued_bytes,
+            max_rows=limits.max_process_rows,
+            max_tenant_rows=limits.max_tenant_rows,
+            max_tenant_bytes=limits.max_tenant_bytes,
+        )
+
+    def uses(self, pool: ReplicaPool) -> bool:
+        """Whether rows may still go there, or are there."""
+        return any(site.pool is pool for site in self._all())
+
+    async def aclose(self) -> None:
+        """End what is in flight, without answers."""
+        self._sweep_timer.cancel()
+        if self._tidy_timer:
+            self._tidy_timer.cancel()
+        await asyncio.gather(*(site.lane.aclose() for site in self._all()))
+
+    def _all(self) -> Iterator[_Site]:
+        return itertools.chain(self._sites.values(), self._retired)
+
+    def _make_batcher(self, key: BatchKey, model: ModelSettings) -> Batcher:
+        backend = self._settings.backends[model.backend]
+        return Batcher(
+            key,
+            queue=make_queue(
+                key,
+                max_batch_rows=model.max_batch_size,
+                max_batch_bytes=model.max_batch_bytes,
+                max_rows=self._settings.limits.max_queued_rows,
+                budget=self.budget,
+                max_bytes=self._settings.limits.max_key_bytes,
+                weights=self._settings.tenant_weights,
+                patience_s=model.batch_class_patience_s,
+            ),
+            policy=choose_policy(backend.max_in_flight, model.max_queue_delay_s),
+            pool=self._pools[model.backend],
+            backend=model.backend,
+            retries=model.retries,
+            next_batch_id=self._next_batch_id,
+            metrics=self._metrics,
+        )
+
+    def _configure(self, key: BatchKey, site: _Site, model: ModelSettings) -> None:
+        site.batcher.apply(
+            max_batch_rows=model.max_batch_size,
+            max_batch_bytes=model.max_batch_bytes,
+            max_rows=self._settings.limits.max_queued_rows,
+            max_bytes=self._settings.limits.max_key_bytes,
+            weights=self._settings.tenant_weights,
+            patience_s=model.batch_class_patience_s,
+            max_in_flight=self._settings.backends[model.backend].max_in_flight,
+            max_queue_delay_s=model.max_queue_delay_s,
+            retries=model.retries,
+        )
+        self._set_sharing(key, site, model)
+
+    def _set_sharing(self, key: BatchKey, site: _Site, model: ModelSettings) -> Lane:
+        """Let equal rows share, or not. Who waits in a `SingleFlight` that is put aside is served by it to the end."""
+        if site.single_flight and not model.deterministic:
+            site.single_flight.put_aside()
+            site.single_flight = None
+        if model.deterministic:
+            site.single_flight = site.single_flight or SingleFlight(
+                site.batcher, backend=model.backend, metrics=self._metrics
+            )
+            site.single_flight.apply(
+                cache_ttl_s=model.cache_ttl_s,
+                cache_max_bytes=model.cache_max_bytes,
+                max_rows=self._settings.limits.max_queued_rows,
+            )
+        self.by_key[key] = site.lane
+        return site.lane
+
+    def _retire(self, key: BatchKey) -> None:
+        del self.by_key[key]
+        self._retired.append(self._sites.pop(key))
+        if self._tidy_timer is None:
+            self._tidy_timer = self._loop.call_later(MIN_SWEEP_S, self._tidy)
+
+    def _tidy(self) -> None:
+        """Drop the retired lanes that are empty."""
+        for site in [site for site in self._retired if site.lane.is_idle_since(math.inf)]:
+            self._retired.remove(site)
+            site.lane.stop()
+        self._tidy_timer = self._loop.call_later(MIN_SWEEP_S, self._tidy) if self._retired else None
+
+    def _sweep(self) -> None:
+        """Forget the keys that nobody has used for `key_idle_s`."""
+        idle_s = self._settings.limits.key_idle_s
+        then = self._loop.time() - idle_s
+        for key in [key for key, site in self._sites.items() if site.lane.is_idle_since(then)]:
+            del self.by_key[key]
+            self._sites.pop(key).lane.stop()
+        self._sweep_timer = self._loop.call_later(max(idle_s / 10, MIN_SWEEP_S), self._sweep)
