@@ -25,6 +25,7 @@ from router.servicers.health import Health
 from router.servicers.inference import InferenceServicer
 from router.servicers.open_inference import OpenInferenceServicer
 from router.servicers.stream import Surroundings
+from router.servicers.tenants import Tenants
 from router.servicers.unary import Rpcs
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class RouterServer:
             self.metrics.ready_replicas.labels(name).set_function(pool.count_ready)
         self.plane = DataPlane(settings, self._pools, self.metrics)
         access = Access(self.metrics, settings.log_requests)
-        around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs())
+        around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs(), Tenants(settings))
         self._rpcs = Rpcs()
         self._servicer = InferenceServicer(around, self._rpcs)
         self._open_inference = OpenInferenceServicer(around, self._rpcs)
