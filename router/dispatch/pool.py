@@ -62,5 +62,9 @@ class ReplicaPool:
         return answer
 
     def _replica_changed(self) -> None:
-        for slots in list(self._slots.values()):
+        """A replica has room again. A model that takes some goes behind the others, or the first would take it all."""
+        for model, slots in list(self._slots.items()):
+            busy = slots.busy
             slots.assign()
+            if slots.busy > busy:
+                self._slots[model] = self._slots.pop(model)
