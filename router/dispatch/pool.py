@@ -183,8 +183,15 @@ class ReplicaPool:
         for prober in self._probers.values():
             prober.look()
         self._survey()
-        for slots in list(self._slots.values()):
+        self._assign_all()
+
+    def _assign_all(self) -> None:
+        """Replicas have room again. A model that takes some goes behind the others, or the first would take it all."""
+        for model, slots in list(self._slots.items()):
+            busy = slots.busy
             slots.assign()
+            if slots.busy > busy:
+                self._slots[model] = self._slots.pop(model)
 
     def _survey(self) -> None:
         best = min((member.standing for member in self._members), default=Standing.AWAY)

@@ -22,12 +22,13 @@ import grpc.aio
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from router.config import Settings
-from router.core.types import BatchAnswer, Block, Part
+from router.core.types import DEFAULT_TENANT, BatchAnswer, Block, Part
 from router.dataplane import Call, DataPlane
 from router.errors import Cancelled, InternalError, InvalidArgument, ResourceExhausted, RouterError
 from router.servicers import convert
 from router.servicers.access import OK, PARTIAL, Access
 from router.servicers.status import status_of, to_proto
+from router.servicers.tenants import Tenants
 
 Context = grpc.aio.ServicerContext[pb.PredictStreamRequest, pb.PredictStreamResponse]
 
@@ -58,11 +59,13 @@ class Surroundings:
     routes: convert.Routes
     access: Access
     outputs: convert.VectorOutputs
+    tenants: Tenants
 
     def apply(self, settings: Settings) -> None:
         """Read new requests by other settings."""
         self.settings = settings
         self.routes = convert.Routes(settings)
+        self.tenants = Tenants(settings)
         self.access.set_log_requests(settings.log_requests)
 
 
@@ -73,6 +76,8 @@ class StreamSession:
         self._around = around
         self._context = context
         self._loop = asyncio.get_running_loop()
+        # Of calls that tell none.
+        self.tenant = around.tenants.of_rpc(context)
         # State: how many calls may be open, by the settings at the last message; calls by id until their last answer is
         # handed to the wire; the messages to write, the last of which still fills, their bytes, and how many of them
         # may hold answers that nobody wants any more; calls that were answered and not counted yet; what wakes the
@@ -345,8 +350,14 @@ class _StreamReply:
         message = raw.message
         self._rows = convert.check_call(raw, around.settings.limits)
         asked_s = message.timeout_s if message.HasField("timeout_s") else None
-        terms = convert.Terms(now, convert.timeout_s(asked_s, None, around.settings))
-        deadline = terms.deadline
+        tenants = around.tenants
+        terms = convert.Terms(
+            now,
+            convert.timeout_s(asked_s, None, around.settings),
+            tenants.of_call(message.tenant, self._session.tenant) if tenants.are_trusted else DEFAULT_TENANT,
+            message.priority_class == pb.PRIORITY_CLASS_BATCH,
+        )
+        deadline, tenant, is_batch_class = terms.deadline, terms.tenant, terms.is_batch_class
         call = self._call = around.plane.open(self, self._rows, terms.timeout_s)
         blocks: list[Block] = []
         bad_rows = 0
@@ -359,7 +370,11 @@ class _StreamReply:
                 if len(vectors) != rows * key.row_bytes:
                     convert.check_size(vectors, rows, dim)
                 if are_finite:
-                    blocks.append(Block(key, index, 0, rows, (vectors,), key.row_bytes, now, deadline, call))
+                    blocks.append(
+                        Block(
+                            key, index, 0, rows, (vectors,), key.row_bytes, now, deadline, call, tenant, is_batch_class
+                        )
+                    )
                 else:
                     good = self._good_blocks(call, route, index, block, terms, convert.MAX_BAD_ROWS - bad_rows)
                     bad_rows += rows - sum(one.rows for one in good)
