@@ -105,6 +105,11 @@ class Member:
         return Standing.FIT if self.pulse.is_ready else Standing.UNREADY
 
     @property
+    def is_sound(self) -> bool:
+        """Whether nothing at all speaks against it."""
+        return self.standing is Standing.FIT and not self.pulse.is_doubtful
+
+    @property
     def can_take(self) -> bool:
         """Whether it may get a batch now, slots aside."""
         return self.is_admitted and self.replica.is_ready and not (self.is_on_trial and self.trial)

@@ -359,7 +359,7 @@ async def test_a_row_with_less_time_than_any_call_took_is_answered_at_once_and_n
         hopeless, hopeful = plane.call([1], timeout_s=0.9), plane.call([2], timeout_s=1.1)
         await settle()
         assert isinstance(error := hopeless.reply.failures[0, 0], DeadlineExceeded)
-        assert error.message == "the model takes 1 s at least, 0.9 s are left"
+        assert error.message == "0.9 s are left to the deadline, and a call takes at least 1 s"
         assert hopeless.reply.ended_at == start
         assert [sent.values for sent in backend.sent] == [[2]]
         backend.sent[0].answer()
