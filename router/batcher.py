@@ -11,16 +11,26 @@ import asyncio
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from router.core.batch import split
+from router.core.batch import split, split_around
+from router.core.isolation import Isolation, Piece, Ruling
 from router.core.policy import Hold, Policy, View
 from router.core.queue import KeyQueue
-from router.core.retry import judge
-from router.core.types import Batch, BatchAnswer, BatchKey, Block, Part
+from router.core.retry import Chances, Failure, Verdict, count_rows, judge
+from router.core.retry_budget import RetryBudget
+from router.core.types import Batch, BatchAnswer, BatchKey, Block, Contract, Part
 from router.dispatch.pool import ReplicaPool
 from router.dispatch.slots import CLOCK_SLACK_S, ModelSlots, Slot
-from router.errors import BackendError, DeadlineExceeded, InternalError, ResourceExhausted, RouterError, Unavailable
+from router.errors import (
+    BackendError,
+    DeadlineExceeded,
+    InternalError,
+    ModelFailed,
+    ResourceExhausted,
+    RouterError,
+    Unavailable,
+)
 from router.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -37,10 +47,12 @@ class Batcher:
         key: BatchKey,
         *,
         queue: KeyQueue,
+        isolation: Isolation,
         policy: Policy,
         pool: ReplicaPool,
         backend: str,
         retries: int,
+        contract: Contract,
         next_batch_id: Callable[[], str],
         metrics: Metrics,
     ) -> None:
@@ -48,19 +60,28 @@ class Batcher:
         self._policy = policy
         self._pool = pool
         self._retries = retries
+        self._contract = contract
         self._next_batch_id = next_batch_id
         self._accepted_rows = metrics.rows
         self._batch_rows = metrics.batch_rows.labels(backend)
         self._batch_seconds = metrics.batch_seconds.labels(backend)
         self._requeued_rows = metrics.requeued_rows.labels(backend)
+        self._splits = metrics.splits.labels(backend)
+        self._poison_rows = metrics.poison_rows.labels(backend)
+        self._budget_refusals = metrics.retry_budget_refusals.labels(backend)
+        self._failed_rows = functools.partial(metrics.failed_rows.labels, backend)
         self._batches = functools.partial(metrics.batches.labels, backend)
         self._loop = asyncio.get_running_loop()
         self._slots: ModelSlots = pool.slots(key.model)
-        # State: what waits; why it waits although a slot was at hand; what is in flight, with its tasks; the timer and
-        # when it rings; whether `_pump` is about to run; what came since it last ran; when the last row came or went.
+        # State: what waits, in the queue and as pieces; what may be retried; why the queue waits although a slot was at
+        # hand; what is in flight, with its tasks, and which of it are pieces; the timer and when it rings; whether
+        # `_pump` is about to run; what came since it last ran; when the last row came or went.
         self._queue = queue
+        self._isolation = isolation
+        self.retry_budget = RetryBudget()
         self._hold: Hold | None = None
         self._in_flight: dict[Batch, asyncio.Task[None]] = {}
+        self._pieces_in_flight: dict[Batch, Piece] = {}
         self._blocks_in_flight = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
@@ -87,10 +108,17 @@ class Batcher:
         """Forget what waits of a block; rows in flight go on for their neighbours."""
         if self._queue.discard(block) and not self._queue.rows:
             self._slots.withdraw(self)
+        if self._isolation.rows:
+            self._discard_pieces(block)
+
+    def _discard_pieces(self, block: Block) -> None:
+        for piece in self._isolation.discard(block):
+            self._slots.leave(piece)
 
     def is_idle_since(self, then: float) -> bool:
         """Whether no row waited or flew since `then`."""
-        return not self._queue.rows and not self._in_flight and self._last_used < then
+        waits = self._queue.rows or self._isolation.rows
+        return not waits and not self._in_flight and self._last_used < then
 
     async def aclose(self) -> None:
         """End what is in flight, without answers."""
@@ -143,6 +171,9 @@ class Batcher:
         least_s = self._policy.service_times.least_s
         if least_s:
             self._give_up(self._queue.pop_infeasible(now + CLOCK_SLACK_S, least_s), "at least", least_s, now)
+        for block in self._isolation.expired(now + CLOCK_SLACK_S):
+            self._discard_pieces(block)
+            block.recipient.expire()
 
     def _yield_seats(self, slots: ModelSlots, now: float) -> None:
         """With more rows than seats those that will probably be late leave theirs to others, as far as there are any.
@@ -163,7 +194,9 @@ class Batcher:
 
     def _set_alarm(self) -> None:
         """Ring when a row becomes infeasible or the hold ends; an alarm that is early enough already stays."""
-        at = min(self._queue.wake_at - self._policy.service_times.least_s, self._hold.until if self._hold else math.inf)
+        infeasible_at = self._queue.wake_at - self._policy.service_times.least_s
+        hold_until = self._hold.until if self._hold else math.inf
+        at = min(infeasible_at, self._isolation.wake_at, hold_until)
         if at < self._timer_at:
             if self._timer:
                 self._timer.cancel()
@@ -194,8 +227,21 @@ class Batcher:
             self._set_alarm()
             slots.hold(self, lapses=self._hold.lapses_with_slots)
             return None
-        parts = self._queue.pop_batch(now)
-        return Batch(self._next_batch_id(), self._key, parts, sum(part.rows for part in parts), now)
+        batch = self._form(self._queue.pop_batch(now), now)
+        self.retry_budget.sent(batch.rows, now)
+        return batch
+
+    def take_piece(self, piece: Piece, now: float) -> Batch | None:
+        """See slots.Taker. Late rows are answered first, so none is dispatched."""
+        self._expire(now)
+        if not piece.parts:
+            return None
+        batch = self._form(self._isolation.take(piece), now)
+        self._pieces_in_flight[batch] = piece
+        return batch
+
+    def _form(self, parts: tuple[Part, ...], now: float) -> Batch:
+        return Batch(self._next_batch_id(), self._key, parts, count_rows(parts), now, self._contract)
 
     def _view(self, slots: ModelSlots) -> View:
         queue = self._queue
@@ -209,9 +255,14 @@ class Batcher:
             slots=slots,
         )
 
-    def expect_s(self, batch: Batch, replica: str) -> float:
+    @property
+    def rows_to_take(self) -> int:
         """See slots.Taker."""
-        return self._policy.service_times.of(replica).predict(batch.rows)
+        return min(self._queue.rows, self._queue.seats)
+
+    def expect_s(self, rows: int, replica: str) -> float:
+        """See slots.Taker."""
+        return self._policy.service_times.of(replica).predict(rows)
 
     def dispatch(self, batch: Batch, slot: Slot) -> None:
         """See slots.Taker."""
@@ -226,7 +277,7 @@ class Batcher:
         try:
             answer = await self._pool.infer(batch, slot)
         except BackendError as error:
-            self._failed(batch, error)
+            self._failed(batch, error, slot)
         except asyncio.CancelledError:
             _fail(batch.parts, Unavailable("the router shut down before the call was answered"))
             raise
@@ -234,29 +285,96 @@ class Batcher:
             logger.exception("batch %s failed inside the router; this is a bug", batch.id)
             _fail(batch.parts, InternalError())
         else:
-            self._answered(batch, answer)
+            self._answered(batch, answer, slot)
         finally:
             alarm.cancel()
             del self._in_flight[batch]
+            self._pieces_in_flight.pop(batch, None)
             self._blocks_in_flight -= len(batch.parts)
             self._pump_soon()
 
-    def _answered(self, batch: Batch, answer: BatchAnswer) -> None:
+    def _answered(self, batch: Batch, answer: BatchAnswer, slot: Slot) -> None:
         service_s = answer.answered_at - answer.dispatched_at
         self._policy.completed(answer.replica, batch.rows, service_s, answer.answered_at)
+        if answer.fault and self._goes_elsewhere(batch, answer.fault, slot):
+            return
         self._batches("answered").inc()
         self._batch_seconds.observe(service_s)
+        if batch in self._pieces_in_flight:
+            self._carry_out(self._isolation.answered(self._pieces_in_flight[batch], self._slots.split_limit))
+        if answer.row_errors:
+            self._hand_out_rows(batch, answer, answer.row_errors)
+            return
         for part, offset in split(batch):
             if not part.block.recipient.is_closed:
                 part.block.recipient.answer(part, answer, offset)
 
-    def _failed(self, batch: Batch, error: BackendError) -> None:
-        verdict = judge(batch.parts, error, self._retries)
-        rows_again = sum(part.rows for part in verdict.again)
-        logger.warning("batch %s of %d rows: %s; %d rows try again", batch.id, batch.rows, error.message, rows_again)
+    def _hand_out_rows(self, batch: Batch, answer: BatchAnswer, row_errors: Mapping[int, str]) -> None:
+        """Fail the rows that have errors of their own, and answer the others."""
+        logger.warning("batch %s of %d rows: %d have errors of their own", batch.id, batch.rows, len(row_errors))
+        self._failed_rows("not_finite" if answer.fault else "row_errors").inc(len(row_errors))
+        for part, offset in split_around(batch, row_errors):
+            if part.block.recipient.is_closed:
+                continue
+            if offset in row_errors:
+                part.block.recipient.fail(part, ModelFailed(row_errors[offset]))
+            else:
+                part.block.recipient.answer(part, answer, offset)
+
+    # -- in vain -----------------------------------------------------------------------------------------------------
+
+    def _failed(self, batch: Batch, error: BackendError, slot: Slot) -> None:
+        self._follow(self._judge(batch, error, slot), batch, error, slot)
+
+    def _goes_elsewhere(self, batch: Batch, fault: BackendError, slot: Slot) -> bool:
+        """Whether another replica is asked before an answer is believed that may not be true."""
+        verdict = self._judge(batch, fault, slot)
+        if verdict.elsewhere and not verdict.failed:
+            self._follow(verdict, batch, fault, slot)
+            return True
+        return False
+
+    def _judge(self, batch: Batch, error: BackendError, slot: Slot) -> Verdict:
+        piece = self._pieces_in_flight.get(batch)
+        is_split = piece is not None and piece.is_split
+        had_second = piece is not None and piece.avoid is not None
+        has_other = self._slots.has_other(slot.seat.replica.address)
+        return judge(Failure(batch.parts, error, is_split, had_second), Chances(self._retries, has_other, self._spend))
+
+    def _spend(self, rows: int) -> bool:
+        is_spent = self.retry_budget.may_spend(rows, self._loop.time())
+        if not is_spent:
+            self._budget_refusals.inc()
+        return is_spent
+
+    def _follow(self, verdict: Verdict, batch: Batch, error: BackendError, slot: Slot) -> None:
+        logger.warning("batch %s of %d rows: %s; rows: %s", batch.id, batch.rows, error.message, verdict)
         self._batches(type(error).__name__).inc()
-        self._requeued_rows.inc(rows_again)
-        self._queue.requeue(verdict.again)
+        ruling = self._isolation.failed(
+            self._pieces_in_flight.get(batch),
+            verdict,
+            formed_at=batch.formed_at,
+            sent_rows=batch.rows,
+            replica=slot.seat.replica.address,
+            slots=self._slots.split_limit,
+        )
+        self._carry_out(ruling)
+        self._requeued_rows.inc(count_rows(ruling.requeue))
+        self._queue.requeue(ruling.requeue)
+        if verdict.failed:
+            self._fail_rows(verdict, error)
+
+    def _carry_out(self, ruling: Ruling) -> None:
+        self._splits.inc(ruling.splits)
+        for piece in ruling.leave:
+            self._slots.leave(piece)
+        for piece in ruling.enter:
+            self._slots.enter(self, piece)
+
+    def _fail_rows(self, verdict: Verdict, error: BackendError) -> None:
+        self._failed_rows("poison" if verdict.is_poison else error.reason).inc(count_rows(verdict.failed))
+        if verdict.is_poison:
+            self._poison_rows.inc()
         _fail(verdict.failed, error.for_caller())
 
 

@@ -101,6 +101,8 @@ class ModelSettings(Section):
     vector_input: str = Field("vector", min_length=1)
     vector_output: str | None = None
     send_agent_type: bool = True
+    # False: rows whose answer holds NaN or infinity fail.
+    allow_nan: bool = True
 
     def matches(self, model_name: str, agent_type: str) -> bool:
         """Whether rows of this model and agent type fall under these settings."""

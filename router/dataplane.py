@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from router.batcher import Batcher
-from router.config import Settings
+from router.config import ModelSettings, Settings
 from router.core.budget import Budget
+from router.core.isolation import Isolation
 from router.core.policy import choose_policy
-from router.core.types import BatchAnswer, BatchKey, Block, Part
+from router.core.types import BatchAnswer, BatchKey, Block, Contract, Part
 from router.core.variable_queue import make_queue
 from router.dispatch.pool import ReplicaPool
 from router.errors import DeadlineExceeded, InternalError, NotFound, ResourceExhausted, RouterError, Unavailable
@@ -226,10 +227,12 @@ class DataPlane:
                 weights=self._settings.tenant_weights,
                 patience_s=model.batch_class_patience_s,
             ),
+            isolation=Isolation(self._budget),
             policy=choose_policy(backend.max_in_flight, model.max_queue_delay_s),
             pool=self._pools[model.backend],
             backend=model.backend,
             retries=model.retries,
+            contract=_contract(key, model),
             next_batch_id=self._next_batch_id,
             metrics=self._metrics,
         )
@@ -242,3 +245,9 @@ class DataPlane:
         for key in [key for key, batcher in self._batchers.items() if batcher.is_idle_since(then)]:
             del self._batchers[key]
         self._sweep_timer = self._loop.call_later(max(idle_s / 10, MIN_SWEEP_S), self._sweep)
+
+
+def _contract(key: BatchKey, model: ModelSettings) -> Contract:
+    """What answers must hold. `vector_output` is asked of keys that native rows have, not of a model's other inputs."""
+    is_native = len(key.inputs) == 1 and (key.inputs[0].name, key.inputs[0].datatype) == (model.vector_input, "FP32")
+    return Contract(model.vector_output if is_native else None, model.allow_nan)

@@ -7,7 +7,6 @@ import asyncio
 import weakref
 from collections.abc import Sequence
 
-from router.core.batch import check
 from router.core.types import Batch, BatchAnswer
 from router.dispatch.slots import Backend, ModelSlots, Slot
 from router.errors import BackendError
@@ -50,10 +49,10 @@ class ReplicaPool:
 
         Raises BackendError.
         """
-        failure = None
+        failure: BackendError | None = None
         try:
             answer = await slot.seat.replica.infer(batch)
-            check(answer.outputs, batch.rows)
+            failure = answer.fault
         except BackendError as error:
             failure = error
             raise
