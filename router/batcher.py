@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from router.core.batch import split, split_around
 from router.core.isolation import Isolation, Piece, Ruling
 from router.core.policy import Hold, Policy, View
+from router.core.quarantine import Quarantine
 from router.core.queue import KeyQueue
 from router.core.retry import Chances, Failure, Verdict, count_rows, judge
 from router.core.retry_budget import RetryBudget
@@ -73,11 +74,13 @@ class Batcher:
         self._batches = functools.partial(metrics.batches.labels, backend)
         self._loop = asyncio.get_running_loop()
         self._slots: ModelSlots = pool.slots(key.model)
-        # State: what waits, in the queue and as pieces; what may be retried; why the queue waits although a slot was at
-        # hand; what is in flight, with its tasks, and which of it are pieces; the timer and when it rings; whether
-        # `_pump` is about to run; what came since it last ran; when the last row came or went.
+        # State: what waits, in the queue and as pieces; which tenants do so apart from others; what may be retried; why
+        # the queue waits although a slot was at hand; what is in flight, with its tasks, and which of it are pieces;
+        # the timer and when it rings; whether `_pump` is about to run; what came since it last ran; when the last row
+        # came or went.
         self._queue = queue
         self._isolation = isolation
+        self._quarantine = Quarantine()
         self.retry_budget = RetryBudget()
         self._hold: Hold | None = None
         self._in_flight: dict[Batch, asyncio.Task[None]] = {}
@@ -117,7 +120,7 @@ class Batcher:
 
     def is_idle_since(self, then: float) -> bool:
         """Whether no row waited or flew since `then`."""
-        waits = self._queue.rows or self._isolation.rows
+        waits = self._queue.rows or self._isolation.rows or self._quarantine.wake_at < math.inf
         return not waits and not self._in_flight and self._last_used < then
 
     async def aclose(self) -> None:
@@ -174,6 +177,9 @@ class Batcher:
         for block in self._isolation.expired(now + CLOCK_SLACK_S):
             self._discard_pieces(block)
             block.recipient.expire()
+        for tenant in self._quarantine.released(now + CLOCK_SLACK_S):
+            logger.info("tenant %r of model %r shares batches again", tenant, self._key.model_name)
+            self._queue.rejoin(tenant)
 
     def _yield_seats(self, slots: ModelSlots, now: float) -> None:
         """With more rows than seats those that will probably be late leave theirs to others, as far as there are any.
@@ -193,10 +199,10 @@ class Batcher:
             _fail((part,), DeadlineExceeded(message))
 
     def _set_alarm(self) -> None:
-        """Ring when a row becomes infeasible or the hold ends; an alarm that is early enough already stays."""
+        """Ring when a row becomes infeasible, a hold or a quarantine ends; an alarm that is early enough stays."""
         infeasible_at = self._queue.wake_at - self._policy.service_times.least_s
         hold_until = self._hold.until if self._hold else math.inf
-        at = min(infeasible_at, self._isolation.wake_at, hold_until)
+        at = min(infeasible_at, self._isolation.wake_at, self._quarantine.wake_at, hold_until)
         if at < self._timer_at:
             if self._timer:
                 self._timer.cancel()
@@ -302,6 +308,8 @@ class Batcher:
         self._batch_seconds.observe(service_s)
         if batch in self._pieces_in_flight:
             self._carry_out(self._isolation.answered(self._pieces_in_flight[batch], self._slots.split_limit))
+        if self._quarantine.is_watching:
+            self._quarantine.served(batch.parts)
         if answer.row_errors:
             self._hand_out_rows(batch, answer, answer.row_errors)
             return
@@ -375,7 +383,13 @@ class Batcher:
         self._failed_rows("poison" if verdict.is_poison else error.reason).inc(count_rows(verdict.failed))
         if verdict.is_poison:
             self._poison_rows.inc()
+            self._blame(verdict.failed[0].block.tenant)
         _fail(verdict.failed, error.for_caller())
+
+    def _blame(self, tenant: str) -> None:
+        if self._quarantine.poisoned(tenant, self._loop.time()):
+            logger.warning("tenant %r of model %r gets batches of its own: bad rows", tenant, self._key.model_name)
+            self._queue.separate(tenant)
 
 
 def _fail(parts: Iterable[Part], error: RouterError) -> None:

@@ -74,6 +74,10 @@ class FakeBackend:
     async def aclose(self) -> None:
         self.is_closed = True
 
+    def respond_after(self, service_s: float) -> None:
+        """From the next batch on, answer by itself."""
+        self._service_s = service_s
+
     def respond(self, sent: Sent) -> None:
         """What it does by itself after `service_s`."""
         sent.answer()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from router.core.types import Tensor
+from router.core.types import Block, Tensor
 from router.errors import (
     BackendError,
     BackendExhausted,
@@ -23,14 +23,15 @@ from router.errors import (
     StreamLost,
     Unavailable,
 )
-from tests.builders import make_key
-from tests.unit.router.fakes import FakeBackend, Picky, Sent
+from tests.builders import make_block, make_key
+from tests.unit.router.fakes import FakeBackend, Picky, RecordingReply, Sent
 from tests.unit.router.test_dataplane import Caller, Plane, plane_of, settle
 
 pytestmark = pytest.mark.anyio
 
 ROWS = Refused("no such row", InvalidArgument, Blame.ROWS)
 UNCLEAR = Refused("boom")
+BAD = 666.0
 EIGHT = {"max_batch_size": 8}
 LARGE = {"max_batch_size": 64}
 
@@ -315,6 +316,56 @@ async def test_the_configured_output_may_not_be_missing() -> None:
         await asyncio.sleep(3)
         assert told(caller) == ([], [ModelFailed] * 2)
         assert plane.count("router_batches_total", backend="fake", outcome="Malformed") == 1
+
+
+# -- tenants full of bad rows ------------------------------------------------------------------------------------------
+
+
+def call_of(plane: Plane, tenant: str, *values: float) -> RecordingReply:
+    reply, now, plain = RecordingReply(), plane.loop.time(), make_block(*values)
+    call = plane.plane.open(reply, plain.rows, 60.0)
+    block = Block(plain.key, 0, 0, plain.rows, plain.inputs, plain.row_bytes, now, now + 60.0, call, tenant)
+    plane.plane.infer(call, [block])
+    return reply
+
+
+async def tenants_of_next_batches(plane: Plane, backend: FakeBackend) -> list[list[str]]:
+    """Let two tenants wait for a slot together, and see how they are sent."""
+    call_of(plane, "busy", 1)
+    await settle()
+    sent = len(backend.sent)
+    for tenant in ("good", "bad", "good", "bad"):
+        call_of(plane, tenant, 1)
+    await asyncio.sleep(5)
+    return [sorted({part.block.tenant for part in one.batch.parts}) for one in backend.sent[sent:]]
+
+
+async def test_a_tenant_full_of_bad_rows_is_batched_with_itself_for_a_minute() -> None:
+    backend = Picky(bad=[BAD], error=ROWS)
+    async with plane_of(backend, model=EIGHT) as plane:
+        for _ in range(4):
+            call_of(plane, "bad", BAD)
+            await asyncio.sleep(2)
+        assert await tenants_of_next_batches(plane, backend) == [["bad", "good"]]
+        call_of(plane, "bad", BAD)
+        await asyncio.sleep(2)
+        apart_since = plane.loop.time() - 1.0
+        assert await tenants_of_next_batches(plane, backend) == [["good"], ["bad"]]
+        await asyncio.sleep(apart_since + 59.9 - plane.loop.time())
+        assert len(await tenants_of_next_batches(plane, backend)) == 1  # it was over when the slot came
+        assert plane.count("router_poison_rows_total", backend="fake") == 5
+
+
+async def test_rows_that_the_backend_names_put_no_tenant_apart() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend, model=EIGHT) as plane:
+        for _ in range(6):
+            call_of(plane, "bad", BAD)
+            await settle()
+            backend.sent[-1].answer(row_errors='{"0": "bad"}')
+            await settle()
+        backend.respond_after(1.0)
+        assert await tenants_of_next_batches(plane, backend) == [["bad", "good"]]
 
 
 # -- the lane --------------------------------------------------------------------------------------------------------
