@@ -203,6 +203,16 @@ def test_nothing_is_concluded_from_a_good_piece_when_rows_have_left() -> None:
     assert right.rows == 2
 
 
+def test_nothing_is_concluded_from_good_pieces_when_a_bad_one_was_found() -> None:
+    isolation = Isolation(Budget(1 << 40))
+    first, *others = split_of(isolation, make_block(*range(16)), slots=4)
+    isolation.failed(first, Verdict(failed=isolation.take(first)), formed_at=0.0, sent_rows=2, replica="r", slots=4)
+    for piece in others[:-1]:
+        isolation.take(piece)
+        assert isolation.answered(piece, 4) == Ruling()
+    assert others[-1].rows == 2
+
+
 def test_deadlines_are_seen_one_step_before_and_one_step_on() -> None:
     isolation = Isolation(Budget(1 << 40))
     early, late = make_block(0, deadline=5.0), make_block(1, deadline=7.0)
