@@ -78,6 +78,8 @@ class Quarantine:
 
     def released(self, now: float) -> list[str]:
         """Those whose time is over; they share batches again."""
+        if not self._until:
+            return []
         over = [name for name, until in self._until.items() if until <= now]
         for name in over:
             del self._until[name]
