@@ -119,6 +119,7 @@ class Isolation:
         group.open.remove(piece)
         culprit = group.culprit
         if culprit and culprit.rows > 1 and self._is_waiting(culprit):
+            group.open.clear()
             ruling.leave.append(culprit)
             self._cut(ruling, self.take(culprit), culprit.born_at, slots, is_explained=False)
             self._enter(ruling.enter)

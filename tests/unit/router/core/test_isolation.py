@@ -1,5 +1,6 @@
 """How bad rows are found: calls, order, what leaves while it waits, and the books."""
 
+import gc
 import itertools
 import math
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.core.budget import Budget
-from router.core.isolation import Isolation, Piece, Ruling
+from router.core.isolation import Group, Isolation, Piece, Ruling
 from router.core.piece_lane import PieceLane
 from router.core.retry import Chances, Failure, Verdict, judge
 from router.core.types import Block, Part
@@ -109,6 +110,17 @@ def test_the_half_that_must_hold_the_bad_row_is_cut_without_being_sent() -> None
     bench = Bench(poison(7))
     bench.run(make_block(*range(8)))
     assert bench.calls == [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3], [4, 5], [6], [7]]
+
+
+def test_pieces_and_groups_are_free_when_they_are_done_without_a_search_for_cycles() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for slots in (1, 4):
+            Bench(poison(7, 12), slots=slots).run(make_block(*range(16)))
+        assert not [one for one in gc.get_objects() if isinstance(one, Piece | Group)]
+    finally:
+        gc.enable()
 
 
 def test_after_a_bad_half_the_other_is_sent_for_it_may_be_bad_too() -> None:
