@@ -47,6 +47,7 @@ class FaultKind(StrEnum):
     WRONG_SHAPE = "wrong_shape"  # the shape claims one row more than the bytes hold
     WRONG_DATATYPE = "wrong_datatype"  # FP32 bytes (and texts) declared as FP64
     MISSING_OUTPUT = "missing_output"  # an answer without outputs
+    ROW_ERRORS = "row_errors"  # the answer names the rows with the value (else the first) in its parameter row_errors
 
 
 class Trigger(StrEnum):
@@ -191,7 +192,7 @@ def split_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-_DEFAULT_TRIGGERS = {FaultKind.POISON: (Trigger.VALUE, 666.0)}
+_DEFAULT_TRIGGERS = dict.fromkeys((FaultKind.POISON, FaultKind.ROW_ERRORS), (Trigger.VALUE, 666.0))
 _KINDS_WITH_CODE = (FaultKind.ERROR, FaultKind.POISON)
 
 

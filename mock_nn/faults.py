@@ -1,10 +1,11 @@
 """When to misbehave and what a bad answer looks like.
 
 Two tables: triggers decide which batches a fault strikes, disturbances turn a good answer into a bad one. The kinds
-without an answer (error, poison, stall, drop, crash) are only decided here; the server carries them out. Nothing here
+without an answer (error, poison, stall, drop, crash) are only decided here; the runner carries them out. Nothing here
 knows the loop, the clock or gRPC; chance comes in as a seeded `Random`.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -17,6 +18,8 @@ from mock_nn.config import Fault, FaultKind, Trigger
 from protos.open_inference import open_inference_pb2 as pb
 
 Message: TypeAlias = pb.ModelStreamInferResponse
+
+_ROW_ERROR = "the model cannot compute this row (a fault on demand)"
 
 
 @dataclass(slots=True)
@@ -56,8 +59,21 @@ _TRIGGERS: Mapping[Trigger, Callable[[float, int, npt.NDArray[np.float32], Rando
     Trigger.RATE: lambda amount, _batch, _matrix, rng: rng.random() < amount,
     Trigger.EVERY: lambda amount, batch, _matrix, _rng: batch % int(amount) == 0,
     Trigger.FIRST: lambda amount, batch, _matrix, _rng: batch <= amount,
-    Trigger.VALUE: lambda amount, _batch, matrix, _rng: bool((matrix[:, 0] == np.float32(amount)).any()),
+    Trigger.VALUE: lambda amount, _batch, matrix, _rng: bool(_has_value(amount, matrix).any()),
 }
+
+
+def _has_value(amount: float, matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    return np.equal(matrix[:, 0], np.float32(amount))
+
+
+def name_rows(fault: Fault, answer: Message, matrix: npt.NDArray[np.float32]) -> Message:
+    """The answer with errors of single rows: of those with the fault's value, by another trigger of the first."""
+    has_value = fault.trigger is Trigger.VALUE
+    rows = np.flatnonzero(_has_value(fault.amount, matrix)).tolist() if has_value else [0]
+    bad, _ = _copy(answer)
+    bad.infer_response.parameters["row_errors"].string_param = json.dumps({str(row): _ROW_ERROR for row in rows})
+    return bad
 
 
 def disturb(kind: FaultKind, answer: Message, previous: Message | None) -> list[Message]:

@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 from mock_nn import models, sentiment
 from mock_nn.config import SENTIMENT_MODEL, Fault, FaultKind, MockConfig
-from mock_nn.faults import FaultPlan, Message, disturb
+from mock_nn.faults import FaultPlan, Message, disturb, name_rows
 from mock_nn.latency import Latencies
 from protos.open_inference import open_inference_pb2 as pb
 
@@ -110,7 +110,7 @@ class Runner:
             try:
                 await self._take_time(request.model_name)
                 answer = await task.compute()
-                return [answer] if fault is None else await self._misbehave(fault, answer, previous)
+                return [answer] if fault is None else await self._misbehave(fault, answer, previous, task.matrix)
             finally:
                 self._note_end(request, task, started_s, fault)
 
@@ -165,7 +165,9 @@ class Runner:
         if seconds:
             await self._sleep(seconds)
 
-    async def _misbehave(self, fault: Fault, answer: Message, previous: Message | None) -> list[Message]:
+    async def _misbehave(
+        self, fault: Fault, answer: Message, previous: Message | None, matrix: models.FloatArray
+    ) -> list[Message]:
         match fault.kind:
             case FaultKind.STALL:
                 await asyncio.Event().wait()
@@ -176,6 +178,8 @@ class Runner:
             case FaultKind.ERROR | FaultKind.POISON:
                 code, text = _FAILURES[fault.kind]
                 raise BatchError(fault.code or code, text, ends_stream=bool(fault.code))
+            case FaultKind.ROW_ERRORS:
+                return [name_rows(fault, answer, matrix)]
         return disturb(fault.kind, answer, previous)
 
     def _note_arrival(self) -> None:

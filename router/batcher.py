@@ -14,16 +14,27 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from router.core.admission import Admission
-from router.core.batch import cut, split
+from router.core.batch import cut, split, split_around
 from router.core.hedge import Hedging
+from router.core.isolation import Isolation, Piece, Ruling
 from router.core.policy import Hold, Policy, View, change_policy
+from router.core.quarantine import Quarantine
 from router.core.queue import KeyQueue
-from router.core.retry import judge
-from router.core.types import Batch, BatchAnswer, BatchKey, Block, Part
+from router.core.retry import Chances, Failure, Verdict, count_rows, judge
+from router.core.retry_budget import RetryBudget
+from router.core.types import Batch, BatchAnswer, BatchKey, Block, Contract, Part
 from router.core.variable_queue import set_bounds
 from router.dispatch.pool import ReplicaPool
 from router.dispatch.slots import CLOCK_SLACK_S, ModelSlots, Slot
-from router.errors import BackendError, DeadlineExceeded, InternalError, ResourceExhausted, RouterError, Unavailable
+from router.errors import (
+    BackendError,
+    DeadlineExceeded,
+    InternalError,
+    ModelFailed,
+    ResourceExhausted,
+    RouterError,
+    Unavailable,
+)
 from router.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -37,10 +48,12 @@ class Batcher:
         key: BatchKey,
         *,
         queue: KeyQueue,
+        isolation: Isolation,
         policy: Policy,
         pool: ReplicaPool,
         backend: str,
         retries: int,
+        contract: Contract,
         next_batch_id: Callable[[], str],
         metrics: Metrics,
     ) -> None:
@@ -48,6 +61,8 @@ class Batcher:
         self._policy = policy
         self._pool = pool
         self._retries = retries
+        self._contract = contract
+        self._retry_budget = RetryBudget()
         self._hedging = Hedging(policy.service_times, self._may_hedge, is_allowed=retries > 0)
         self._next_batch_id = next_batch_id
         self._accepted_rows = metrics.rows
@@ -55,18 +70,26 @@ class Batcher:
         self._batch_seconds = metrics.batch_seconds.labels(backend)
         self._requeued_rows = metrics.requeued_rows.labels(backend)
         self._hedged_batches = metrics.hedged_batches.labels(backend)
+        self._splits = metrics.splits.labels(backend)
+        self._poison_rows = metrics.poison_rows.labels(backend)
+        self._budget_refusals = metrics.retry_budget_refusals.labels(backend)
+        self._failed_rows = functools.partial(metrics.failed_rows.labels, backend)
         self._batches = functools.partial(metrics.batches.labels, backend)
         # Told of every batch that is sent.
         self.on_dispatch: Callable[[Batch], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._slots: ModelSlots = pool.slots(key.model)
-        # State: what waits; what a row may expect that arrives; why it waits although a slot was at hand; what is in
-        # flight, with its tasks; the timer and when it rings; whether `_pump` is about to run; what came since it last
-        # ran; when the last row came or went.
+        # State: what waits, in the queue and as pieces; what a row may expect that arrives; which tenants wait apart
+        # from others; why the queue waits although a slot was at hand; what is in flight, with its tasks, and which of
+        # it are pieces; the timer and when it rings; whether `_pump` is about to run; what came since it last ran; when
+        # the last row came or went.
         self._queue = queue
         self._admission = Admission(queue.seats)
+        self._isolation = isolation
+        self._quarantine = Quarantine()
         self._hold: Hold | None = None
         self._in_flight: dict[Batch, asyncio.Task[None]] = {}
+        self._pieces_in_flight: dict[Batch, Piece] = {}
         self._blocks_in_flight = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
@@ -103,6 +126,12 @@ class Batcher:
         """Forget what waits of a block; rows in flight go on for their neighbours."""
         if self._queue.discard(block) and not self._queue.rows:
             self._slots.withdraw(self)
+        if self._isolation.rows:
+            self._discard_pieces(block)
+
+    def _discard_pieces(self, block: Block) -> None:
+        for piece in self._isolation.discard(block):
+            self._slots.leave(piece)
 
     def apply(
         self,
@@ -116,6 +145,7 @@ class Batcher:
         max_in_flight: int,
         max_queue_delay_s: float,
         retries: int,
+        contract: Contract,
     ) -> None:
         """Go on by other settings, with what waits, what flies and what was learned."""
         set_bounds(
@@ -130,6 +160,7 @@ class Batcher:
         )
         self._policy = change_policy(self._policy, max_in_flight, max_queue_delay_s)
         self._retries = retries
+        self._contract = contract
         self._hedging.is_allowed = retries > 0
         self._admission = Admission(self._queue.seats)
         self._admission.update(self._policy.service_times, self._slots.usable, self._slots.waiting_keys)
@@ -148,7 +179,8 @@ class Batcher:
 
     def is_idle_since(self, then: float) -> bool:
         """Whether no row waited or flew since `then`."""
-        return not self._queue.rows and not self._in_flight and self._last_used < then
+        waits = self._queue.rows or self._isolation.rows or self._quarantine.wake_at < math.inf
+        return not waits and not self._in_flight and self._last_used < then
 
     def stop(self) -> None:
         """Ring no more; nothing waits here, or nobody waits for it."""
@@ -205,6 +237,12 @@ class Batcher:
         least_s = self._policy.service_times.least_s
         if least_s:
             self._give_up(self._queue.pop_infeasible(now + CLOCK_SLACK_S, least_s), "at least", least_s, now)
+        for block in self._isolation.expired(now + CLOCK_SLACK_S):
+            self._discard_pieces(block)
+            block.recipient.expire()
+        for tenant in self._quarantine.released(now + CLOCK_SLACK_S):
+            logger.info("tenant %r of model %r shares batches again", tenant, self._key.model_name)
+            self._queue.rejoin(tenant)
 
     def _yield_seats(self, slots: ModelSlots, now: float) -> None:
         """With more rows than seats those that will probably be late leave theirs to others, as far as there are any.
@@ -224,8 +262,10 @@ class Batcher:
             _fail((part,), DeadlineExceeded(message))
 
     def _set_alarm(self) -> None:
-        """Ring when a row becomes infeasible or the hold ends; an alarm that is early enough already stays."""
-        at = min(self._queue.wake_at - self._policy.service_times.least_s, self._hold.until if self._hold else math.inf)
+        """Ring when a row becomes infeasible, a hold or a quarantine ends; an alarm that is early enough stays."""
+        infeasible_at = self._queue.wake_at - self._policy.service_times.least_s
+        hold_until = self._hold.until if self._hold else math.inf
+        at = min(infeasible_at, self._isolation.wake_at, self._quarantine.wake_at, hold_until)
         if at < self._timer_at:
             if self._timer:
                 self._timer.cancel()
@@ -260,7 +300,21 @@ class Batcher:
         if max_rows is not None:
             parts, rest = cut(parts, max_rows)
             self._queue.requeue(rest)
-        return Batch(self._next_batch_id(), self._key, parts, sum(part.rows for part in parts), now)
+        batch = self._form(parts, now)
+        self._retry_budget.sent(batch.rows, now)
+        return batch
+
+    def take_piece(self, piece: Piece, now: float) -> Batch | None:
+        """See slots.Taker. Late rows are answered first, so none is dispatched."""
+        self._expire(now)
+        if not piece.parts:
+            return None
+        batch = self._form(self._isolation.take(piece), now)
+        self._pieces_in_flight[batch] = piece
+        return batch
+
+    def _form(self, parts: tuple[Part, ...], now: float) -> Batch:
+        return Batch(self._next_batch_id(), self._key, parts, count_rows(parts), now, self._contract)
 
     def _view(self, slots: ModelSlots) -> View:
         queue = self._queue
@@ -274,9 +328,14 @@ class Batcher:
             slots=slots,
         )
 
-    def expect_s(self, batch: Batch, replica: str) -> float:
+    @property
+    def rows_to_take(self) -> int:
         """See slots.Taker."""
-        return self._policy.service_times.of(replica).predict(batch.rows)
+        return min(self._queue.rows, self._queue.seats)
+
+    def expect_s(self, rows: int, replica: str) -> float:
+        """See slots.Taker."""
+        return self._policy.service_times.of(replica).predict(rows)
 
     def dispatch(self, batch: Batch, slot: Slot) -> None:
         """See slots.Taker."""
@@ -293,7 +352,7 @@ class Batcher:
         try:
             answer = await self._pool.infer(batch, slot, self._hedging)
         except BackendError as error:
-            self._failed(batch, error)
+            self._failed(batch, error, slot)
         except asyncio.CancelledError:
             _fail(batch.parts, Unavailable("the router shut down before the call was answered"))
             raise
@@ -301,36 +360,115 @@ class Batcher:
             logger.exception("batch %s failed inside the router; this is a bug", batch.id)
             _fail(batch.parts, InternalError())
         else:
-            self._answered(batch, answer)
+            self._answered(batch, answer, slot)
         finally:
             alarm.cancel()
             del self._in_flight[batch]
+            self._pieces_in_flight.pop(batch, None)
             self._blocks_in_flight -= len(batch.parts)
             self._pump_soon()
 
-    def _may_hedge(self, _rows: int, _now: float) -> bool:
+    def _may_hedge(self, rows: int, now: float) -> bool:
         """A batch is about to be sent a second time, within the share that `Hedging` allows."""
-        self._hedged_batches.inc()
-        return True
+        may_hedge = self._may_spend(rows, now)
+        self._hedged_batches.inc(may_hedge)
+        return may_hedge
 
-    def _answered(self, batch: Batch, answer: BatchAnswer) -> None:
+    def _answered(self, batch: Batch, answer: BatchAnswer, slot: Slot) -> None:
         service_s = answer.answered_at - answer.dispatched_at
         self._policy.completed(answer.replica, batch.rows, service_s, answer.answered_at)
         self._admission.update(self._policy.service_times, self._slots.usable, self._slots.waiting_keys)
+        if answer.fault and self._goes_elsewhere(batch, answer.fault, slot):
+            return
         self._batches("answered").inc()
         self._batch_seconds.observe(service_s)
+        if batch in self._pieces_in_flight:
+            self._carry_out(self._isolation.answered(self._pieces_in_flight[batch], self._slots.split_limit))
+        if self._quarantine.is_watching:
+            self._quarantine.served(batch.parts)
+        if answer.row_errors:
+            self._hand_out_rows(batch, answer, answer.row_errors)
+            return
         for part, offset in split(batch):
             if not part.block.recipient.is_closed:
                 part.block.recipient.answer(part, answer, offset)
 
-    def _failed(self, batch: Batch, error: BackendError) -> None:
-        verdict = judge(batch.parts, error, self._retries)
-        rows_again = sum(part.rows for part in verdict.again)
-        logger.warning("batch %s of %d rows: %s; %d rows try again", batch.id, batch.rows, error.message, rows_again)
+    def _hand_out_rows(self, batch: Batch, answer: BatchAnswer, row_errors: Mapping[int, str]) -> None:
+        """Fail the rows that have errors of their own, and answer the others."""
+        logger.warning("batch %s of %d rows: %d have errors of their own", batch.id, batch.rows, len(row_errors))
+        self._failed_rows("not_finite" if answer.fault else "row_errors").inc(len(row_errors))
+        for part, offset in split_around(batch, row_errors):
+            if part.block.recipient.is_closed:
+                continue
+            if offset in row_errors:
+                part.block.recipient.fail(part, ModelFailed(row_errors[offset]))
+            else:
+                part.block.recipient.answer(part, answer, offset)
+
+    # -- in vain -----------------------------------------------------------------------------------------------------
+
+    def _failed(self, batch: Batch, error: BackendError, slot: Slot) -> None:
+        self._follow(self._judge(batch, error, slot), batch, error, slot)
+
+    def _goes_elsewhere(self, batch: Batch, fault: BackendError, slot: Slot) -> bool:
+        """Whether another replica is asked before an answer is believed that may not be true."""
+        verdict = self._judge(batch, fault, slot)
+        if verdict.elsewhere and not verdict.failed:
+            self._follow(verdict, batch, fault, slot)
+            return True
+        return False
+
+    def _judge(self, batch: Batch, error: BackendError, slot: Slot) -> Verdict:
+        piece = self._pieces_in_flight.get(batch)
+        is_split = piece is not None and piece.is_split
+        had_second = piece is not None and piece.avoid is not None
+        has_other = self._slots.has_other(slot.seat.member.address)
+        return judge(Failure(batch.parts, error, is_split, had_second), Chances(self._retries, has_other, self._spend))
+
+    def _spend(self, rows: int) -> bool:
+        return self._may_spend(rows, self._loop.time())
+
+    def _may_spend(self, rows: int, now: float) -> bool:
+        """Charge the key's retry budget, if it lasts."""
+        may_spend = self._retry_budget.may_spend(rows, now)
+        self._budget_refusals.inc(not may_spend)
+        return may_spend
+
+    def _follow(self, verdict: Verdict, batch: Batch, error: BackendError, slot: Slot) -> None:
+        logger.warning("batch %s of %d rows: %s; rows: %s", batch.id, batch.rows, error.message, verdict)
         self._batches(type(error).__name__).inc()
-        self._requeued_rows.inc(rows_again)
-        self._queue.requeue(verdict.again)
+        ruling = self._isolation.failed(
+            self._pieces_in_flight.get(batch),
+            verdict,
+            formed_at=batch.formed_at,
+            sent_rows=batch.rows,
+            replica=slot.seat.member.address,
+            slots=self._slots.split_limit,
+        )
+        self._carry_out(ruling)
+        self._requeued_rows.inc(count_rows(ruling.requeue))
+        self._queue.requeue(ruling.requeue)
+        if verdict.failed:
+            self._fail_rows(verdict, error)
+
+    def _carry_out(self, ruling: Ruling) -> None:
+        self._splits.inc(ruling.splits)
+        for piece in ruling.leave:
+            self._slots.leave(piece)
+        for piece in ruling.enter:
+            self._slots.enter(self, piece)
+
+    def _fail_rows(self, verdict: Verdict, error: BackendError) -> None:
+        self._failed_rows("poison" if verdict.is_poison else error.reason).inc(count_rows(verdict.failed))
+        if verdict.is_poison:
+            self._poison_rows.inc()
+            self._blame(verdict.failed[0].block.tenant)
         _fail(verdict.failed, error.for_caller())
+
+    def _blame(self, tenant: str) -> None:
+        if self._quarantine.poisoned(tenant, self._loop.time()):
+            logger.warning("tenant %r of model %r gets batches of its own: bad rows", tenant, self._key.model_name)
+            self._queue.separate(tenant)
 
 
 def _fail(parts: Iterable[Part], error: RouterError) -> None:

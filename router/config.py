@@ -129,12 +129,15 @@ class ModelSettings(Section):
     max_queue_delay_s: Seconds = 0.002
     # Rows of class batch have the seats that interactive rows leave; after so long an eighth of the seats is theirs.
     batch_class_patience_s: Seconds = 30
-    # Further attempts of a row whose batch was lost or refused for lack of room; 0 for models with side effects.
+    # Further attempts of a row whose batch was lost or refused; 0, for models with side effects: nothing is sent twice,
+    # and a bad row takes its batch with it.
     retries: int = Field(2, ge=0, le=10)
     # The input tensor that native rows arrive in, and the output they are read from (null: `output`, else the first).
     vector_input: str = Field("vector", min_length=1)
     vector_output: str | None = None
     send_agent_type: bool = True
+    # False: rows whose answer holds NaN or infinity fail.
+    allow_nan: bool = True
     # Equal rows have equal answers: those that wait or are in flight at the same time are computed once, and answers
     # may be kept for a while, so many bytes of them per key.
     deterministic: bool = False

@@ -5,6 +5,7 @@ to do with the batch and never reach a caller as they are. No HTTP or gRPC numbe
 at the edge.
 """
 
+from enum import Enum
 from typing import ClassVar
 
 
@@ -60,9 +61,13 @@ class InternalError(RouterError):
 
 
 class BackendError(Exception):
-    """What came back from a replica instead of an answer. `may_requeue`: another try may succeed."""
+    """What came back from a replica instead of an answer. `may_requeue`: another try may succeed, later or elsewhere.
+
+    `reason` is a short label for the counter of failed rows.
+    """
 
     may_requeue: ClassVar[bool]
+    reason: ClassVar[str]
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -77,32 +82,47 @@ class StreamLost(BackendError):
     """The replica, or the way to it, is gone. Whether the batch was computed is unknown."""
 
     may_requeue = True
+    reason = "lost"
 
 
 class BatchTimeout(BackendError):
     """No answer within `batch_timeout_s`; a late one is never read."""
 
     may_requeue = True
+    reason = "timeout"
 
 
 class BackendExhausted(BackendError):
     """The replica has no room; nothing was computed."""
 
     may_requeue = True
+    reason = "exhausted"
 
     def for_caller(self) -> RouterError:
         """The caller meets the backend's back-pressure as the router's own."""
         return ResourceExhausted(self.message, reason="backend", retry_after_s=1.0)
 
 
+class Blame(Enum):
+    """Who made a model refuse a batch."""
+
+    ROWS = "some of the rows: refused by every replica, and the others are fine without them"
+    UNCLEAR = "some of the rows or the replica"
+    MODEL = "neither: no rows would fare better anywhere"
+
+
 class Refused(BackendError):
     """The model's own error. `as_caller_error` is the class its rows fail with."""
 
     may_requeue = False
+    reason = "refused"
 
-    def __init__(self, message: str, as_caller_error: type[RouterError] = ModelFailed) -> None:
+    def __init__(
+        self, message: str, as_caller_error: type[RouterError] = ModelFailed, blame: Blame = Blame.UNCLEAR
+    ) -> None:
         super().__init__(message)
         self.as_caller_error = as_caller_error
+        self.blame = blame
 
     def for_caller(self) -> RouterError:
         """The model's text under the code that fits it."""
@@ -110,9 +130,10 @@ class Refused(BackendError):
 
 
 class Malformed(BackendError):
-    """An answer that does not fit its batch: wrong rows, type, shape or id."""
+    """An answer that does not fit its batch: wrong rows, type, shape or id, or values that may not be."""
 
     may_requeue = False
+    reason = "malformed"
 
     def for_caller(self) -> RouterError:
         """A failure of the model, told as such."""

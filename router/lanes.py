@@ -18,8 +18,9 @@ from typing import Protocol
 from router.batcher import Batcher
 from router.config import ModelSettings, Settings
 from router.core.budget import Budget
+from router.core.isolation import Isolation
 from router.core.policy import choose_policy
-from router.core.types import BatchKey, Block
+from router.core.types import BatchKey, Block, Contract
 from router.core.variable_queue import make_queue
 from router.dispatch.pool import ReplicaPool
 from router.errors import NotFound, ResourceExhausted
@@ -140,10 +141,12 @@ class Lanes:
                 weights=self._settings.tenant_weights,
                 patience_s=model.batch_class_patience_s,
             ),
+            isolation=Isolation(self.budget),
             policy=choose_policy(backend.max_in_flight, model.max_queue_delay_s),
             pool=self._pools[model.backend],
             backend=model.backend,
             retries=model.retries,
+            contract=_contract(key, model),
             next_batch_id=self._next_batch_id,
             metrics=self._metrics,
         )
@@ -159,6 +162,7 @@ class Lanes:
             max_in_flight=self._settings.backends[model.backend].max_in_flight,
             max_queue_delay_s=model.max_queue_delay_s,
             retries=model.retries,
+            contract=_contract(key, model),
         )
         self._set_sharing(key, site, model)
 
@@ -200,3 +204,9 @@ class Lanes:
             del self.by_key[key]
             self._sites.pop(key).lane.stop()
         self._sweep_timer = self._loop.call_later(max(idle_s / 10, MIN_SWEEP_S), self._sweep)
+
+
+def _contract(key: BatchKey, model: ModelSettings) -> Contract:
+    """What answers must hold. `vector_output` is asked of keys that native rows have, not of a model's other inputs."""
+    is_native = len(key.inputs) == 1 and (key.inputs[0].name, key.inputs[0].datatype) == (model.vector_input, "FP32")
+    return Contract(model.vector_output if is_native else None, model.allow_nan)

@@ -51,6 +51,27 @@ class Metrics:
             ["backend"],
             registry=self.registry,
         )
+        self.splits = Counter(
+            "router_splits",
+            "Batches, and pieces of them, that were cut to find bad rows.",
+            ["backend"],
+            registry=self.registry,
+        )
+        self.poison_rows = Counter(
+            "router_poison_rows", "Rows that a model refused alone.", ["backend"], registry=self.registry
+        )
+        self.failed_rows = Counter(
+            "router_failed_rows",
+            "Rows that came back from a backend without an answer and are not tried again, by reason.",
+            ["backend", "reason"],
+            registry=self.registry,
+        )
+        self.retry_budget_refusals = Counter(
+            "router_retry_budget_refusals",
+            "Batches that were not tried again because the retry budget was spent.",
+            ["backend"],
+            registry=self.registry,
+        )
         self.refusals = Counter("router_refusals", "Rows refused, by reason.", ["reason"], registry=self.registry)
         self.queued_rows = Gauge("router_queued_rows", "Rows waiting now.", registry=self.registry)
         self.open_calls = Gauge("router_open_calls", "Calls not fully answered.", registry=self.registry)

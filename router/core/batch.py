@@ -6,7 +6,7 @@ others.
 """
 
 import math
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Container, Hashable, Iterable, Iterator
 from typing import TypeVar
 
 from router.core.types import BYTES, ITEM_SIZE, Batch, Outputs, Part, Tensor
@@ -64,6 +64,25 @@ def cut(parts: Iterable[Part], rows: int) -> tuple[tuple[Part, ...], tuple[Part,
             rest.append(second)
         rows -= part.rows
     return tuple(head), tuple(rest)
+
+
+def split_around(batch: Batch, rows: Container[int]) -> Iterator[tuple[Part, int]]:
+    """As `split`, but each of these rows of the batch is a part by itself."""
+    for part, offset in split(batch):
+        begin = 0
+        for row in range(part.rows):
+            if offset + row in rows:
+                yield from _runs(part, offset, begin, row)
+                yield from _runs(part, offset, row, row + 1)
+                begin = row + 1
+        yield from _runs(part, offset, begin, part.rows)
+
+
+def _runs(part: Part, offset: int, begin: int, end: int) -> Iterator[tuple[Part, int]]:
+    """Rows begin .. end - 1 of a part, if there are any."""
+    if begin < end:
+        tail = part.cut(begin)[1] if begin else part
+        yield (tail.cut(end - begin)[0] if end - begin < tail.rows else tail), offset + begin
 
 
 def check(outputs: Outputs, rows: int) -> None:

@@ -9,12 +9,12 @@ row `first_row` of the caller's block number `index`; a part begins at row `firs
 """
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from router.core.elements import Offsets, scan
-from router.errors import RouterError
+from router.errors import Malformed, RouterError
 
 ParameterValue = bool | int | float | str
 
@@ -156,12 +156,17 @@ class Block:
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """Rows first .. first + rows - 1 of a block; `attempts` counts how often they came back without an answer."""
+    """Rows first .. first + rows - 1 of a block.
+
+    `attempts` counts how often they came back without an answer, `losses` how often that was with a lost stream or by
+    a timeout.
+    """
 
     block: Block
     first: int
     rows: int
     attempts: int
+    losses: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -170,8 +175,8 @@ class Part:
 
     def cut(self, rows: int) -> tuple["Part", "Part"]:
         """The first `rows` rows and the rest; both have at least one."""
-        head = Part(self.block, self.first, rows, self.attempts)
-        return head, Part(self.block, self.first + rows, self.rows - rows, self.attempts)
+        head = Part(self.block, self.first, rows, self.attempts, self.losses)
+        return head, Part(self.block, self.first + rows, self.rows - rows, self.attempts, self.losses)
 
     def within(self, first: int, rows: int) -> "Part | None":
         """What is in it of the block's rows first .. first + rows - 1."""
@@ -183,7 +188,26 @@ class Part:
 
     def tried(self) -> "Part":
         """The same rows after one more attempt in vain."""
-        return Part(self.block, self.first, self.rows, self.attempts + 1)
+        return Part(self.block, self.first, self.rows, self.attempts + 1, self.losses)
+
+    def lost(self) -> "Part":
+        """The same rows after one more attempt that was lost."""
+        return Part(self.block, self.first, self.rows, self.attempts + 1, self.losses + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """What a model's answers must hold beside a row for each row.
+
+    `output`: the name of a tensor that may not be missing; None: any will do. `allow_nan`: whether floats may be NaN or
+    infinite.
+    """
+
+    output: str | None = None
+    allow_nan: bool = True
+
+
+ANY_ANSWER = Contract()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,6 +219,7 @@ class Batch:
     parts: tuple[Part, ...]
     rows: int
     formed_at: float
+    contract: Contract = ANY_ANSWER
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +257,11 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class BatchAnswer:
-    """What came back for a batch, and what an explanation needs to know of it. Times in monotonic seconds."""
+    """What came back for a batch, and what an explanation needs to know of it. Times in monotonic seconds.
+
+    `row_errors`: messages of the rows that failed by themselves, by their number in the batch. `fault`: why the answer
+    should be asked for once more elsewhere, although all rows but these can be told from it.
+    """
 
     outputs: Outputs
     batch_id: str
@@ -240,3 +269,5 @@ class BatchAnswer:
     replica: str
     dispatched_at: float
     answered_at: float
+    row_errors: Mapping[int, str] | None = None
+    fault: Malformed | None = None

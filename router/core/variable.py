@@ -54,9 +54,13 @@ class VariablePart(Part):
 
     def cut(self, rows: int) -> tuple["VariablePart", "VariablePart"]:
         """See Part."""
-        head = VariablePart(self.block, self.first, rows, self.attempts)
-        return head, VariablePart(self.block, self.first + rows, self.rows - rows, self.attempts)
+        head = VariablePart(self.block, self.first, rows, self.attempts, self.losses)
+        return head, VariablePart(self.block, self.first + rows, self.rows - rows, self.attempts, self.losses)
 
     def tried(self) -> "VariablePart":
         """See Part."""
-        return VariablePart(self.block, self.first, self.rows, self.attempts + 1)
+        return VariablePart(self.block, self.first, self.rows, self.attempts + 1, self.losses)
+
+    def lost(self) -> "VariablePart":
+        """See Part."""
+        return VariablePart(self.block, self.first, self.rows, self.attempts + 1, self.losses + 1)

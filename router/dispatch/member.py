@@ -110,6 +110,11 @@ class Member:
         return self.standing is Standing.FIT and not self.pulse.is_doubtful
 
     @property
+    def is_healthy(self) -> bool:
+        """Whether batches go there, and not for a trial."""
+        return self.is_admitted and not self.is_on_trial
+
+    @property
     def can_take(self) -> bool:
         """Whether it may get a batch now, slots aside."""
         return self.is_admitted and self.replica.is_ready and not (self.is_on_trial and self.trial)

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from router.core.batch import check
 from router.core.breaker import SLOW_RATIO, State, common_ratio, may_eject
 from router.core.hedge import Hedging
 from router.core.types import Batch, BatchAnswer
@@ -123,13 +122,16 @@ class ReplicaPool:
         return await Race(send, functools.partial(self._spare, batch, hedging, slot)).run(slot, stalled_s)
 
     async def _send(self, batch: Batch, hedging: Hedging, slot: Slot) -> BatchAnswer:
-        failure = None
+        failure: BackendError | None = None
         member = slot.seat.member
         member.out[slot] = slot.taken_at, batch.rows, hedging.times
         try:
             answer = await member.replica.infer(batch)
-            check(answer.outputs, batch.rows)
-            self._count_answer(slot, answer, hedging)
+            failure = answer.fault
+            if failure:
+                self._count_failure(slot, failure)
+            else:
+                self._count_answer(slot, answer, hedging)
         except BackendError as error:
             failure = error
             self._count_failure(slot, error)
@@ -187,7 +189,7 @@ class ReplicaPool:
     def _close(self, member: Member) -> None:
         self._members.remove(member)
         for slots in list(self._slots.values()):
-            slots.leave(member)
+            slots.part(member)
         task = asyncio.create_task(self._let_go(member), name=f"close {member.address}")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

@@ -20,6 +20,7 @@ import grpc.aio
 
 from protos.open_inference import open_inference_pb2 as pb
 from protos.open_inference import open_inference_pb2_grpc as pb_grpc
+from router.core.answer import ROW_ERRORS, model_text, read_answer
 from router.core.batch import merge
 from router.core.pulse import Sign
 from router.core.types import Batch, BatchAnswer, Outputs, ParameterValue, Tensor
@@ -27,6 +28,7 @@ from router.errors import (
     BackendError,
     BackendExhausted,
     BatchTimeout,
+    Blame,
     InvalidArgument,
     Malformed,
     ModelFailed,
@@ -41,16 +43,20 @@ logger = logging.getLogger(__name__)
 STREAM_IDLE_S = 60.0
 # Ids of the batches a stream carried last: an answer that repeats one of them is late or double and is passed over.
 REMEMBERED_IDS = 16
-MODEL_TEXT_MAX = 1000
 # The time bound of a batch that is given up: long past.
 ABANDONED_AT = 0.0
 INT64_MAX = 2**63 - 1
 
 _LOST = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED})
-# Codes that reach the caller as they are; every other refusal is the model's failure.
-_CALLER_ERRORS: dict[grpc.StatusCode, type[RouterError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
-    grpc.StatusCode.NOT_FOUND: NotFound,
+# What the caller is told, and who is to blame; of every other refusal that is unclear, and the model has failed.
+_REFUSALS: dict[grpc.StatusCode, tuple[type[RouterError], Blame]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: (InvalidArgument, Blame.ROWS),
+    grpc.StatusCode.NOT_FOUND: (NotFound, Blame.MODEL),
+    grpc.StatusCode.UNIMPLEMENTED: (ModelFailed, Blame.MODEL),
+    grpc.StatusCode.FAILED_PRECONDITION: (ModelFailed, Blame.MODEL),
+    # The credential is ours, not the caller's.
+    grpc.StatusCode.UNAUTHENTICATED: (ModelFailed, Blame.MODEL),
+    grpc.StatusCode.PERMISSION_DENIED: (ModelFailed, Blame.MODEL),
 }
 _REQUEST_ID = re.compile(r"^\[request id: (?P<id>[^\]]*)\] ?")
 
@@ -166,10 +172,11 @@ class Replica:
             self._out.add(bound)
             async with bound:
                 response = await stream.exchange(request)
-            outputs = to_outputs(response)
             stream.idle_since = answered_at = loop.time()
-            self._idle.append(stream)
-            stream = None
+            answer = to_answer(batch, response, self.address, dispatched_at, answered_at)
+            if not answer.fault:
+                self._idle.append(stream)
+                stream = None
         except TimeoutError as error:
             if bound.when() == ABANDONED_AT:
                 raise StreamLost(f"{self.address} gave no sign of life") from error
@@ -178,7 +185,7 @@ class Replica:
             self._out.discard(bound)
             if stream:
                 stream.close()
-        return BatchAnswer(outputs, batch.id, batch.rows, self.address, dispatched_at, answered_at)
+        return answer
 
     def abandon(self) -> None:
         """See member.Backend. Their streams end with them."""
@@ -221,7 +228,8 @@ class Replica:
     def _check_size(self, request: pb.ModelInferRequest) -> None:
         size = request.ByteSize()
         if size > self._max_message_bytes:
-            raise Refused(f"a batch of {size} bytes is over the message limit of {self._max_message_bytes} bytes")
+            limit = f"the message limit of {self._max_message_bytes} bytes"
+            raise Refused(f"a batch of {size} bytes is over {limit}", blame=Blame.ROWS)
 
 
 async def _hear(answer: Awaitable[A], address: str) -> A | None:
@@ -328,6 +336,20 @@ def _set_parameter(parameter: pb.InferParameter, value: ParameterValue) -> None:
         parameter.string_param = value
 
 
+def to_answer(
+    batch: Batch, response: pb.ModelInferResponse, address: str, dispatched_at: float, answered_at: float
+) -> BatchAnswer:
+    """The checked answer. Raises Malformed."""
+    return read_answer(
+        batch,
+        to_outputs(response),
+        row_errors=response.parameters[ROW_ERRORS].string_param if ROW_ERRORS in response.parameters else None,
+        replica=address,
+        dispatched_at=dispatched_at,
+        answered_at=answered_at,
+    )
+
+
 def to_outputs(response: pb.ModelInferResponse) -> Outputs:
     """The answer's tensors. Raises Malformed when there is not one raw entry for each."""
     if len(response.raw_output_contents) != len(response.outputs):
@@ -345,17 +367,12 @@ def translate(error: grpc.aio.AioRpcError, address: str) -> BackendError:
 
 
 def translate_status(code: grpc.StatusCode, details: str | None, address: str) -> BackendError:
-    """A stream's end by status. A message over a limit comes as RESOURCE_EXHAUSTED, but no retry makes it smaller."""
+    """A stream's end by status. A message over a limit comes as RESOURCE_EXHAUSTED, but is less with fewer rows."""
     text = details or code.name
     if code in _LOST:
         return StreamLost(f"{address}: {model_text(text)}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
-        return Refused(f"{address}: {model_text(text)}")
+        return Refused(f"{address}: {model_text(text)}", blame=Blame.ROWS)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return BackendExhausted(f"{address}: {model_text(text)}")
-    return Refused(model_text(text), _CALLER_ERRORS.get(code, ModelFailed))
-
-
-def model_text(text: str) -> str:
-    """A model's own words for a caller, cut to 1,000 characters."""
-    return text if len(text) <= MODEL_TEXT_MAX else text[: MODEL_TEXT_MAX - 3] + "..."
+    return Refused(model_text(text), *_REFUSALS.get(code, (ModelFailed, Blame.UNCLEAR)))

@@ -5,6 +5,10 @@ one, in turn; the key forms its batch at that moment, so a batch is as large as 
 now. A replica that lost, refused or timed out a batch pauses for that model, a little longer each time, so that what it
 lost goes elsewhere first.
 
+Before the keys stands a lane of pieces, rows of failed batches that travel by themselves (`core/isolation.py`). Their
+splits take at most a quarter of the slots. No policy holds a piece; a batch that is for another replica than the one
+that had it waits until that has room.
+
 It moves whole batches: no gRPC, no callers, no rows. Every decision is a plain call.
 """
 
@@ -16,6 +20,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from router.core.balance import Load, choose
+from router.core.isolation import Piece
+from router.core.piece_lane import PieceLane
 from router.core.retry import pause_s
 from router.core.types import Batch
 from router.dispatch.member import Member
@@ -24,6 +30,9 @@ from router.errors import BackendError
 # Timers of uvloop have ticks of a millisecond and ring up to half of one early. Without this an alarm that rings early
 # finds nothing due, and rings on until the tick is over.
 CLOCK_SLACK_S = 0.0006
+# Of a model's slots splits take one in four, and so many where there is no limit.
+SLOTS_PER_SPLIT = 4
+UNLIMITED_SPLITS = 16
 
 
 class Taker(Protocol):
@@ -35,6 +44,9 @@ class Taker(Protocol):
         `max_rows`: the most that the slot's replica is trusted with; None: as many as the key allows.
         """
 
+    def take_piece(self, piece: Piece, now: float) -> Batch | None:
+        """Form a batch of the piece whose turn it is, or None: its rows' time was up, and it has left the lane."""
+
     def dispatch(self, batch: Batch, slot: "Slot") -> None:
         """Send the batch; the slot is the taker's until `pool.infer` has ended."""
 
@@ -42,8 +54,12 @@ class Taker(Protocol):
     def wants_slot(self) -> bool:
         """Whether rows still wait that are not held."""
 
-    def expect_s(self, batch: Batch, replica: str) -> float:
-        """How long a replica will take for the batch; 0 while unknown."""
+    @property
+    def rows_to_take(self) -> int:
+        """Rows of the batch that `take` would form now."""
+
+    def expect_s(self, rows: int, replica: str) -> float:
+        """How long a replica will take for so many rows; 0 while unknown."""
 
 
 @dataclass(slots=True, eq=False)
@@ -58,12 +74,14 @@ class Seat:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """The permit for one batch, taken at `taken_at`; expected to be free again at `back_at`."""
+    """The permit for one batch, taken at `taken_at`; expected to be free again at `back_at`. `is_split`: it is counted
+    as a split's."""
 
     slots: "ModelSlots"
     seat: Seat
     taken_at: float
     back_at: float
+    is_split: bool = False
 
 
 class ModelSlots:
@@ -71,20 +89,22 @@ class ModelSlots:
 
     def __init__(self, members: Iterable[Member], max_in_flight: int) -> None:
         self._max_in_flight = max_in_flight
-        # State: a seat per member; the slots that are taken; keys in turn for a slot, keys whose hold ends when a slot
-        # is taken or freed, and keys whose hold does not: each key in one of the three at most; one timer for the end
-        # of a pause; whether `assign` is about to run.
+        # State: a seat per member; the slots that are taken, and how many of them by splits; keys in turn for a slot,
+        # keys whose hold ends when a slot is taken or freed, and keys whose hold does not: each key in one of the three
+        # at most; pieces that wait; one timer for the end of a pause; whether `assign` is about to run.
         self._seats = [Seat(member) for member in members]
         self._taken: set[Slot] = set()
+        self._splits_in_flight = 0
         self._waiting: OrderedDict[Taker, None] = OrderedDict()
         self._held: OrderedDict[Taker, None] = OrderedDict()
         self._resting: dict[Taker, None] = {}
+        self._lane: PieceLane[Taker] = PieceLane()
         self._resume_timer: asyncio.TimerHandle | None = None
         self._is_assign_due = False
 
     def __repr__(self) -> str:
         held = len(self._held) + len(self._resting)
-        return f"<ModelSlots {self.busy} busy, {len(self._waiting)} waiting, {held} held>"
+        return f"<ModelSlots {self.busy} busy, {len(self._waiting)} waiting, {held} held, {len(self._lane)} pieces>"
 
     @property
     def busy(self) -> int:
@@ -125,7 +145,7 @@ class ModelSlots:
         """A member has come; it takes batches from the next `assign` on."""
         self._seats.append(Seat(member))
 
-    def leave(self, member: Member) -> None:
+    def part(self, member: Member) -> None:
         """A member without batches is gone."""
         self._seats = [seat for seat in self._seats if seat.member is not member]
 
@@ -152,21 +172,27 @@ class ModelSlots:
         self._resting.pop(taker, None)
 
     def assign(self) -> None:
-        """Give free slots to the waiting keys, in turn, until either runs out."""
+        """Give free slots to the pieces in the lane and to the waiting keys, in turn, until either runs out."""
         self._is_assign_due = False
         now = asyncio.get_running_loop().time()
+        if self._lane:
+            self._assign_lane(now)
         while self._waiting:
-            seat = self._choose(now)
+            taker = next(iter(self._waiting))
+            seat = self._choose(now, taker, taker.rows_to_take)
             if seat is None:
                 self._wait_for_pause(now)
                 return
-            taker, _ = self._waiting.popitem(last=False)
+            del self._waiting[taker]
             batch = taker.take(self, now, seat.member.max_rows)
             if batch is not None:
-                expected_s = taker.expect_s(batch, seat.member.address)
-                taker.dispatch(batch, self._occupy(seat, now, now + expected_s))
+                self._dispatch(taker, batch, seat, now)
             if taker.wants_slot:
                 self._waiting[taker] = None
+
+    def _dispatch(self, taker: Taker, batch: Batch, seat: Seat, now: float, *, is_split: bool = False) -> None:
+        back_at = now + taker.expect_s(batch.rows, seat.member.address)
+        taker.dispatch(batch, self._occupy(seat, now, back_at, is_split=is_split))
 
     def take_spare(
         self, besides: Slot, now: float, may_take: Callable[[], bool], expect_s: Callable[[str], float]
@@ -176,7 +202,7 @@ class ModelSlots:
         None while a key of the model waits, as its rows come first. `may_take` is asked when there is one; `expect_s`:
         how long a replica will take.
         """
-        if self.others_wait:
+        if self.others_wait or self._lane:
             return None
         others = [seat for seat in self._seats if seat.member is not besides.seat.member and seat.member.is_sound]
         number = choose([self._load(seat, now) for seat in others])
@@ -184,12 +210,53 @@ class ModelSlots:
             return None
         return self._occupy(others[number], now, now + expect_s(others[number].member.address))
 
+    # -- the lane ----------------------------------------------------------------------------------------------------
+
+    @property
+    def split_limit(self) -> int:
+        """How many splits may be in flight at once."""
+        return max(1, self.usable // SLOTS_PER_SPLIT) if self._max_in_flight else UNLIMITED_SPLITS
+
+    def has_other(self, replica: str) -> bool:
+        """Whether a healthy replica beside this one is there."""
+        return any(seat.member.is_healthy and seat.member.address != replica for seat in self._seats)
+
+    def enter(self, taker: Taker, piece: Piece) -> None:
+        """A piece waits from now on; it goes on the loop's next turn at the earliest."""
+        self._lane.enter(piece, taker)
+        self._assign_soon()
+
+    def leave(self, piece: Piece) -> None:
+        """A piece waits no more."""
+        self._lane.leave(piece)
+
+    def _assign_lane(self, now: float) -> None:
+        while (errand := self._next_errand(now)) is not None:
+            piece, taker, seat = errand
+            batch = taker.take_piece(piece, now)
+            if batch is not None:
+                self._lane.leave(piece)
+                self._dispatch(taker, batch, seat, now, is_split=piece.is_split)
+        if self._lane:
+            self._wait_for_pause(now)
+
+    def _next_errand(self, now: float) -> tuple[Piece, Taker, Seat] | None:
+        """The first piece that may go, and where to."""
+        for piece, taker in self._lane.next(may_split=self._splits_in_flight < self.split_limit):
+            seat = self._choose(now, taker, piece.rows, piece)
+            if seat is not None:
+                return piece, taker, seat
+        return None
+
+    # -- seats -------------------------------------------------------------------------------------------------------
+
     def release(self, slot: Slot, error: BackendError | None) -> None:
         """Return a slot; after a failure that may be retried the replica pauses for this model.
 
         The slot is given away on the loop's next turn: by then a lost batch's rows are back at the head of their queue.
         """
         self._taken.remove(slot)
+        self._splits_in_flight -= slot.is_split
         slot.seat.in_flight -= 1
         slot.seat.member.replica.free()
         if error is None or not error.may_requeue:
@@ -197,6 +264,9 @@ class ModelSlots:
         else:
             self._pause(slot.seat)
         self._ask_held_again()
+        self._assign_soon()
+
+    def _assign_soon(self) -> None:
         if not self._is_assign_due:
             self._is_assign_due = True
             asyncio.get_running_loop().call_soon(self.assign)
@@ -208,9 +278,10 @@ class ModelSlots:
             seat.failures += 1
             seat.resume_at = now + pause_s(seat.failures, random.random())  # noqa: S311 (spreads, guards nothing)
 
-    def _occupy(self, seat: Seat, now: float, back_at: float) -> Slot:
-        slot = Slot(self, seat, now, back_at)
+    def _occupy(self, seat: Seat, now: float, back_at: float, *, is_split: bool = False) -> Slot:
+        slot = Slot(self, seat, now, back_at, is_split)
         self._taken.add(slot)
+        self._splits_in_flight += is_split
         seat.in_flight += 1
         seat.member.replica.reserve()
         if seat.member.is_on_trial:
@@ -222,14 +293,28 @@ class ModelSlots:
         self._waiting.update(self._held)
         self._held.clear()
 
-    def _choose(self, now: float) -> Seat | None:
-        number = choose([self._load(seat, now) for seat in self._seats])
-        return None if number is None else self._seats[number]
+    def _choose(self, now: float, taker: Taker, rows: int, piece: Piece | None = None) -> Seat | None:
+        """Where a batch of so many rows goes.
 
-    def _load(self, seat: Seat, now: float) -> Load:
+        Rows of a queue can be cut to what a replica on trial gets, a piece cannot. A piece does not go to the replica
+        that it avoids while another healthy one is there, busy or not.
+        """
+        seats = self._seats
+        if piece is not None:
+            seats = [seat for seat in seats if seat.member.max_rows is None or rows <= seat.member.max_rows]
+            if piece.avoid is not None and self.has_other(piece.avoid):
+                seats = [seat for seat in seats if seat.member.address != piece.avoid]
+        if len(seats) > 1:
+            loads = [self._load(seat, now, taker.expect_s(rows, seat.member.address)) for seat in seats]
+        else:
+            loads = [self._load(seat, now) for seat in seats]
+        number = choose(loads)
+        return None if number is None else seats[number]
+
+    def _load(self, seat: Seat, now: float, predicted_s: float = 0.0) -> Load:
         has_slot = not self._max_in_flight or seat.in_flight < self._max_in_flight
         can_take = has_slot and seat.member.can_take and seat.resume_at <= now + CLOCK_SLACK_S
-        return Load(seat.in_flight, seat.member.replica.in_flight, can_take, seat.member.preference)
+        return Load(seat.in_flight, seat.member.replica.in_flight, can_take, predicted_s, seat.member.preference)
 
     def _count_room(self, seat: Seat) -> int:
         return 1 if seat.member.is_on_trial else self._max_in_flight - seat.in_flight

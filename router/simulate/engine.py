@@ -329,16 +329,24 @@ class Simulation:
     # -- as in dispatch/slots.py -------------------------------------------------------------------------------------
 
     def _assign(self, now: float) -> None:
-        limit = self._setup.max_in_flight
         while self._waiting and self.busy < self._setup.slots:
-            replica = choose([Load(number, number, number < limit) for number in self._in_flight])
-            assert replica is not None, "a slot is free and nobody has it: this is a bug"
             key, _ = self._waiting.popitem(last=False)
+            replica = self._choose(key)
+            assert replica is not None, "a slot is free and nobody has it: this is a bug"
             parts = self._take(key, now)
             if parts:
                 self._start(key, replica, parts, now)
             if key.queue.rows and key.hold is None:
                 self._waiting[key] = None
+
+    def _choose(self, key: _Key) -> int | None:
+        rows, limit, lines = min(key.queue.rows, key.queue.seats), self._setup.max_in_flight, key.policy.service_times
+        return choose(
+            [
+                Load(in_flight, in_flight, in_flight < limit, lines.of(str(replica)).predict(rows))
+                for replica, in_flight in enumerate(self._in_flight)
+            ]
+        )
 
     def _start(self, key: _Key, replica: int, parts: tuple[Part, ...], now: float) -> None:
         rows = sum(part.rows for part in parts)

@@ -367,7 +367,7 @@ async def test_a_model_that_fails_says_so_in_its_own_words() -> None:
 
 async def test_one_failed_batch_fails_its_request_and_its_rows_that_wait_are_dropped() -> None:
     gate = Gate()
-    config = mock_config(parse_fault("error:first=1"), latency_s=1.0)
+    config = mock_config(parse_fault("error:first=1,code=NOT_FOUND"), latency_s=1.0)
     mock = MockServer(config, sleep=gate.sleep)
     async with serving_texts(mock, model={"max_batch_size": 2}, max_in_flight=1) as (stack, stub):
         large = asyncio.ensure_future(fails(stub, texts("a", "b", "c", "d", "e")))
@@ -391,7 +391,7 @@ async def test_an_answer_that_does_not_fit_is_never_split(fault: str) -> None:
 async def test_texts_whose_stream_is_lost_run_again() -> None:
     async with serving_texts(MockServer(mock_config(parse_fault("drop:first=2")))) as (stack, stub):
         assert labels(await stub.ModelInfer(texts("good", ""))) == said_of("good", "")
-        assert stack.mock.arrived == 3
+        assert [batch.rows for batch in stack.mock.batches] == [2, 2, 1, 1]  # after two losses each row alone
 
 
 @pytest.mark.parametrize("is_grpc_deadline", [True, False])

@@ -213,17 +213,14 @@ async def test_past_the_queues_bound_a_request_is_refused_with_push_back() -> No
         ("wrong_datatype", "UNKNOWN", "8 bytes, which is not FP64[2]"),
         ("missing_output", "UNKNOWN", "without any output"),
         ("foreign_id", "UNKNOWN", "-foreign' when asked for"),
-        ("error", "UNKNOWN", ""),
-        ("error:code=INTERNAL", "UNKNOWN", ""),
         ("error:code=UNIMPLEMENTED", "UNKNOWN", ""),
         ("error:code=FAILED_PRECONDITION", "UNKNOWN", ""),
         ("error:code=UNAUTHENTICATED", "UNKNOWN", ""),
         ("error:code=PERMISSION_DENIED", "UNKNOWN", ""),
         ("error:code=NOT_FOUND", "NOT_FOUND", ""),
-        ("error:code=INVALID_ARGUMENT", "INVALID_ARGUMENT", ""),
     ],
 )
-async def test_what_a_model_refuses_fails_its_batch_at_once_and_the_next_is_fine(
+async def test_what_no_split_could_help_fails_its_batch_at_once_and_the_next_is_fine(
     fault: str, code: str, message: str
 ) -> None:
     async with serving(MockServer(mock_config(parse_fault(f"{fault}{',' if ':' in fault else ':'}first=1")))) as stack:
@@ -273,22 +270,21 @@ async def test_a_model_with_side_effects_is_never_tried_again() -> None:
 
 async def test_a_batch_that_times_out_runs_elsewhere_and_the_late_stream_is_dropped() -> None:
     stalled, healthy = MockServer(mock_config(parse_fault("stall"))), MockServer(mock_config())
-    async with serving(stalled, healthy, batch_timeout_s=0.2) as stack:
+    async with serving(stalled, healthy, batch_timeout_s=1.0) as stack:
         results = (await stack.stub.Predict(pb.PredictRequest(agents={"a": agent(1)}, explain=True))).results
         assert list(results["a"].output) == truth("churn", [[1]])
         assert results["a"].explanation.replica == healthy.address
         await stalled.wait_until_idle()
 
 
-async def test_an_answer_over_the_message_limit_fails_its_batch_once_and_its_stream_is_replaced() -> None:
+async def test_an_answer_over_the_message_limit_comes_in_pieces_and_its_streams_are_replaced() -> None:
     limits, model = {"max_backend_message_bytes": 50_000}, {"max_batch_bytes": 30_000}
     async with serving(MockServer(mock_config(output_width=5_000)), model=model, limits=limits) as stack:
         five = pb.PredictRequest(agents={str(number): agent(number) for number in range(5)})
-        error = await fails(stack.stub, five)
-        assert error.code() is grpc.StatusCode.UNKNOWN
-        assert "larger than max" in str(error.details())
-        assert stack.mock.arrived == 1
-        assert len((await stack.stub.Predict(pb.PredictRequest(agents={"a": agent(1)}))).results["a"].output) == 5_000
+        results = (await stack.stub.Predict(five)).results
+        for number in range(5):
+            assert results[str(number)].output[0] == pytest.approx(truth("churn", [[number]])[0])
+        assert stack.mock.arrived > 1
 
 
 async def test_a_doubled_answer_is_passed_over_by_the_next_batch_on_the_stream() -> None:

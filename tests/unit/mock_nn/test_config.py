@@ -55,6 +55,7 @@ def test_a_later_latency_of_the_same_model_wins() -> None:
         ("short:every=3", Fault(FaultKind.SHORT, Trigger.EVERY, 3)),
         ("error:rate=0.1,code=UNAVAILABLE", Fault(FaultKind.ERROR, Trigger.RATE, 0.1, code="UNAVAILABLE")),
         ("poison", Fault(FaultKind.POISON, Trigger.VALUE, 666)),
+        ("row_errors", Fault(FaultKind.ROW_ERRORS, Trigger.VALUE, 666)),
         ("poison:value=-1.5,code=INTERNAL", Fault(FaultKind.POISON, Trigger.VALUE, -1.5, code="INTERNAL")),
         ("crash:value=13", Fault(FaultKind.CRASH, Trigger.VALUE, 13)),
         ("drop:model=a:b,first=2", Fault(FaultKind.DROP, Trigger.FIRST, 2, model_name="a:b")),

@@ -1,12 +1,13 @@
 """When faults strike and what they make of an answer."""
 
+import json
 from random import Random
 
 import numpy as np
 import pytest
 
 from mock_nn.config import Fault, FaultKind, parse_fault
-from mock_nn.faults import FaultPlan, Message, disturb
+from mock_nn.faults import FaultPlan, Message, disturb, name_rows
 from mock_nn.models import answer
 from protos.open_inference import open_inference_pb2 as pb
 
@@ -140,10 +141,22 @@ def test_out_of_order_on_a_fresh_stream_invents_a_previous_answer() -> None:
     assert ids(disturb(FaultKind.OUT_OF_ORDER, good_answer(), None)) == ["7-foreign", "7"]
 
 
-SERVED_BY_THE_SHELL = {FaultKind.ERROR, FaultKind.POISON, FaultKind.STALL, FaultKind.DROP, FaultKind.CRASH}
+@pytest.mark.parametrize(
+    ("text", "rows"), [("row_errors", ["1"]), ("row_errors:value=1", ["0"]), ("row_errors:first=1", ["0"])]
+)
+def test_row_errors_name_the_rows_with_the_value_or_the_first(text: str, rows: list[str]) -> None:
+    good = good_answer()
+    named = name_rows(parse_fault(text), good, MATRIX).infer_response
+    assert list(json.loads(named.parameters["row_errors"].string_param)) == rows
+    assert values(named) == [1.5, 2.5]
+    assert good == good_answer()
 
 
-@pytest.mark.parametrize("kind", sorted(set(FaultKind) - SERVED_BY_THE_SHELL))
+WITHOUT_AN_ANSWER = {FaultKind.ERROR, FaultKind.POISON, FaultKind.STALL, FaultKind.DROP, FaultKind.CRASH}
+BY_ROWS = {FaultKind.ROW_ERRORS}
+
+
+@pytest.mark.parametrize("kind", sorted(set(FaultKind) - WITHOUT_AN_ANSWER - BY_ROWS))
 def test_no_fault_touches_the_good_answer(kind: FaultKind) -> None:
     good, previous = good_answer(), good_answer("6")
     assert disturb(kind, good, previous) != [good]

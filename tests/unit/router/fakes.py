@@ -1,11 +1,12 @@
 """Stand-ins at the router's seams: a backend that answers when the test says so, and a reply that remembers."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from router.core.answer import read_answer
 from router.core.batch import merge
 from router.core.pulse import Sign
 from router.core.types import Batch, BatchAnswer, Outputs, Part, Tensor
@@ -26,13 +27,15 @@ class Sent:
     batch: Batch
     at: float
     future: asyncio.Future[Outputs]
+    row_errors: str | None = None
 
     @property
     def values(self) -> list[float]:
         matrix = np.frombuffer(merge(self.batch)[0], "<f4").reshape(self.batch.rows, -1)
         return [float(value) for value in matrix[:, 0]]
 
-    def answer(self, outputs: Outputs | None = None) -> None:
+    def answer(self, outputs: Outputs | None = None, row_errors: str | None = None) -> None:
+        self.row_errors = row_errors
         self.future.set_result(double(self.batch) if outputs is None else outputs)
 
     def fail(self, error: BackendError) -> None:
@@ -98,16 +101,8 @@ class FakeBackend:
     async def aclose(self) -> None:
         self.is_closed = True
 
-    async def infer(self, batch: Batch) -> BatchAnswer:
-        loop = asyncio.get_running_loop()
-        sent = Sent(batch, loop.time(), loop.create_future())
-        self.sent.append(sent)
-        if self.service_s is not None:
-            loop.call_later(self.service_s, self._end, sent)
-        outputs = await sent.future
-        return BatchAnswer(outputs, batch.id, batch.rows, self.address, sent.at, loop.time())
-
-    def _end(self, sent: Sent) -> None:
+    def respond(self, sent: Sent) -> None:
+        """What it does by itself after `service_s`."""
         if not self.is_frozen:
             sent.end(self.error)
 
@@ -122,6 +117,36 @@ class FakeBackend:
             await self._lost.wait()
             return Sign.NONE
         return self.sign
+
+    async def infer(self, batch: Batch) -> BatchAnswer:
+        loop = asyncio.get_running_loop()
+        sent = Sent(batch, loop.time(), loop.create_future())
+        self.sent.append(sent)
+        if self.service_s is not None:
+            loop.call_later(self.service_s, self.respond, sent)
+        outputs = await sent.future
+        return read_answer(
+            batch,
+            outputs,
+            row_errors=sent.row_errors,
+            replica=self.address,
+            dispatched_at=sent.at,
+            answered_at=loop.time(),
+        )
+
+
+class Picky(FakeBackend):
+    """Fails the batches that hold one of the `bad` values, with `error`."""
+
+    def __init__(
+        self, address: str = "fake:1", *, bad: Collection[float], error: BackendError, service_s: float = 1.0
+    ) -> None:
+        super().__init__(address, service_s=service_s)
+        self.bad = frozenset(bad)
+        self.refusal = error
+
+    def respond(self, sent: Sent) -> None:
+        sent.end(self.refusal if self.bad & set(sent.values) else None)
 
 
 def pool_of(

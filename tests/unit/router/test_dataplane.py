@@ -19,9 +19,9 @@ from router.errors import (
     BackendError,
     BackendExhausted,
     BatchTimeout,
+    Blame,
     DeadlineExceeded,
     InternalError,
-    InvalidArgument,
     Malformed,
     ModelFailed,
     NotFound,
@@ -562,9 +562,8 @@ async def test_a_models_failure_pauses_the_replica_for_that_model_only() -> None
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (Refused("bad row", InvalidArgument), InvalidArgument),
-        (Refused("unknown", NotFound), NotFound),
-        (Refused("boom"), ModelFailed),
+        (Refused("unknown", NotFound, Blame.MODEL), NotFound),
+        (Refused("no credential", blame=Blame.MODEL), ModelFailed),
         (Malformed("short"), ModelFailed),
     ],
 )

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.batch import check, merge, partition, rows_of, split
+from router.core.batch import check, merge, partition, rows_of, split, split_around
 from router.core.types import BatchKey, Tensor, TensorSpec
 from router.errors import Malformed
-from tests.builders import decode_texts, encode_texts, make_batch, make_block, make_key
+from tests.builders import decode_texts, encode_texts, make_batch, make_block, make_key, values_of
 
 
 def test_rows_are_grouped_by_key_in_the_order_in_which_they_came() -> None:
@@ -31,6 +31,16 @@ def test_merging_cut_blocks_joins_exactly_their_rows(sizes: list[int], data: st.
     matrix = np.frombuffer(merge(batch)[0], "<f4").reshape(batch.rows, 3)
     assert matrix[:, 0].tolist() == matrix[:, 2].tolist() == expected
     assert [offset for _, offset in split(batch)] == np.cumsum([0, *(part.rows for part in parts[:-1])]).tolist()
+
+
+def test_single_rows_are_cut_out_of_the_parts_around_them() -> None:
+    batch = make_batch(*(make_block(*values).whole() for values in ([0, 1, 2], [3], [4, 5, 6, 7])))
+    for rows in ([], [0], [1], [2], [3], [7], [0, 1, 2], [1, 3, 5], range(8)):
+        cut = list(split_around(batch, set(rows)))
+        assert values_of(tuple(part for part, _ in cut)) == list(range(8))
+        assert all(values_of((part,))[0] == offset for part, offset in cut)
+        assert {offset for part, offset in cut if offset in rows and part.rows == 1} == set(rows)
+        assert len(cut) <= 3 + 2 * len(rows)
 
 
 def test_a_single_whole_block_is_not_copied() -> None:

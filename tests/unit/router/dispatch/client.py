@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 
 from router.core.hedge import Hedging
+from router.core.isolation import Piece
 from router.core.service_time import ServiceTimes
 from router.core.types import Batch, BatchAnswer
 from router.dispatch.pool import ReplicaPool
@@ -80,8 +81,15 @@ class Key:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def expect_s(self, batch: Batch, replica: str) -> float:
-        return self.times.of(replica).predict(batch.rows)
+    @property
+    def rows_to_take(self) -> int:
+        return self._rows
+
+    def take_piece(self, piece: Piece, now: float) -> Batch | None:
+        raise AssertionError("a piece of nobody")
+
+    def expect_s(self, rows: int, replica: str) -> float:
+        return self.times.of(replica).predict(rows)
 
     async def _infer(self, batch: Batch, slot: Slot) -> None:
         try:

@@ -1,0 +1,92 @@
+"""Read a backend's answer: is it what was asked for, and which of its rows have failed by themselves.
+
+An answer with a row too few or too many, a tensor too short, another type, or without the model's output is Malformed:
+nobody can tell which row is whose, so none of it is used. Rows that the backend names in the parameter `row_errors`
+(JSON, `{"3": "message"}`: row number in the batch and why) have failed, and the others are fine. So it is with rows
+that hold NaN or infinity where the model's settings forbid that; but since the replica may be the culprit, the answer
+has a `fault`, too, for those who can ask another one.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from router.core.batch import check
+from router.core.types import Batch, BatchAnswer, Outputs, Tensor
+from router.errors import Malformed
+
+ROW_ERRORS = "row_errors"
+MODEL_TEXT_MAX = 1000
+
+_FLOATS: dict[str, str] = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
+
+
+def read_answer(
+    batch: Batch, outputs: Outputs, *, row_errors: str | None, replica: str, dispatched_at: float, answered_at: float
+) -> BatchAnswer:
+    """The checked answer; `row_errors` is the parameter's text, None without it.
+
+    Raises:
+        Malformed: it does not fit its batch, and no row of it can be trusted.
+    """
+    check(outputs, batch.rows)
+    _check_output(outputs, batch.contract.output)
+    failed = read_row_errors(row_errors, batch.rows) if row_errors is not None else {}
+    fault = None
+    if not batch.contract.allow_nan:
+        not_finite = {row: text for row, text in _not_finite(outputs, batch.rows).items() if row not in failed}
+        if not_finite:
+            fault = Malformed(f"{len(not_finite)} of {batch.rows} rows: {next(iter(not_finite.values()))}")
+            failed |= not_finite
+    return BatchAnswer(
+        outputs, batch.id, batch.rows, replica, dispatched_at, answered_at, row_errors=failed or None, fault=fault
+    )
+
+
+def _check_output(outputs: Outputs, name: str | None) -> None:
+    if name is not None and all(tensor.name != name for tensor in outputs):
+        found = ", ".join(repr(tensor.name) for tensor in outputs)
+        raise Malformed(f"the model's answer has no output {name!r}, only {found}")
+
+
+def read_row_errors(text: str, rows: int) -> dict[int, str]:
+    """Row numbers of a batch of `rows` to messages. Raises Malformed unless every one is a row's, and once."""
+    try:
+        pairs = json.loads(text, object_pairs_hook=list)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"{ROW_ERRORS} is not JSON: {error}") from error
+    numbers = {str(number) for number in range(rows)}
+    if not isinstance(pairs, list) or not all(_is_named(pair, numbers) for pair in pairs):
+        raise Malformed(f"{ROW_ERRORS} is not an object of row numbers below {rows} and texts: {model_text(text)}")
+    named = {int(number): model_text(message) for number, message in pairs}
+    if len(named) != len(pairs):
+        raise Malformed(f"{ROW_ERRORS} names a row more than once: {model_text(text)}")
+    return named
+
+
+def _is_named(pair: Any, numbers: set[str]) -> bool:  # noqa: ANN401 (whatever JSON may hold)
+    return isinstance(pair, tuple) and pair[0] in numbers and isinstance(pair[1], str)
+
+
+def model_text(text: str) -> str:
+    """A model's own words for a caller, cut to 1,000 characters."""
+    return text if len(text) <= MODEL_TEXT_MAX else text[: MODEL_TEXT_MAX - 3] + "..."
+
+
+def _not_finite(outputs: Outputs, rows: int) -> dict[int, str]:
+    """Why a row may not be answered, for each that holds NaN or infinity; one look at each output of floats."""
+    found: dict[int, str] = {}
+    for tensor in outputs:
+        if tensor.datatype in _FLOATS:
+            for row in _rows_not_finite(tensor, rows):
+                found.setdefault(row, f"the model's output {tensor.name!r} holds NaN or infinity")
+    return found
+
+
+def _rows_not_finite(tensor: Tensor, rows: int) -> list[int]:
+    finite = np.isfinite(np.frombuffer(tensor.data, _FLOATS[tensor.datatype]))
+    if finite.all():
+        return []
+    numbers: list[int] = np.flatnonzero(~finite.reshape(rows, -1).all(axis=1)).tolist()
+    return numbers
