@@ -255,6 +255,16 @@ def test_tenants_take_turns_within_the_batch_class_due_or_not() -> None:
     assert shares(queue.pop_batch(PATIENCE_S)) == {"a": 8, "b": 8}
 
 
+def test_a_tenant_without_further_due_rows_keeps_no_credit_for_those_to_come() -> None:
+    queue = make_queue(max_batch_rows=16)
+    offer(queue, "c", 100)
+    offer(queue, "a", 1, is_batch_class=True)
+    offer(queue, "a", 20, at=1.0, is_batch_class=True)
+    assert shares(queue.pop_batch(PATIENCE_S)) == {"a": 1, "c": 15}
+    offer(queue, "b", 20, at=1.0, is_batch_class=True)
+    assert shares(queue.pop_batch(PATIENCE_S + 1.0)) == {"a": 1, "b": 1, "c": 14}
+
+
 # -- tenants apart ---------------------------------------------------------------------------------------------------
 
 
