@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from router.core.admission import Admission
 from router.core.batch import cut, split, split_around
+from router.core.budget import Budget
 from router.core.hedge import Hedging
-from router.core.isolation import Isolation, Piece, Ruling
+from router.core.isolation import Piece
 from router.core.policy import Hold, Policy, View, change_policy
-from router.core.quarantine import Quarantine
 from router.core.queue import KeyQueue
-from router.core.retry import Chances, Failure, Verdict, count_rows, judge
-from router.core.retry_budget import RetryBudget
+from router.core.retry import count_rows
 from router.core.types import Batch, BatchAnswer, BatchKey, Block, Contract, Part
 from router.core.variable_queue import set_bounds
 from router.dispatch.pool import ReplicaPool
@@ -32,10 +31,10 @@ from router.errors import (
     InternalError,
     ModelFailed,
     ResourceExhausted,
-    RouterError,
     Unavailable,
 )
 from router.metrics import Metrics
+from router.recovery import Recovery, fail
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ class Batcher:
         key: BatchKey,
         *,
         queue: KeyQueue,
-        isolation: Isolation,
+        budget: Budget,
         policy: Policy,
         pool: ReplicaPool,
         backend: str,
@@ -60,36 +59,36 @@ class Batcher:
         self._key = key
         self._policy = policy
         self._pool = pool
-        self._retries = retries
         self._contract = contract
-        self._retry_budget = RetryBudget()
         self._hedging = Hedging(policy.service_times, self._may_hedge, is_allowed=retries > 0)
         self._next_batch_id = next_batch_id
         self._accepted_rows = metrics.rows
         self._batch_rows = metrics.batch_rows.labels(backend)
         self._batch_seconds = metrics.batch_seconds.labels(backend)
-        self._requeued_rows = metrics.requeued_rows.labels(backend)
         self._hedged_batches = metrics.hedged_batches.labels(backend)
-        self._splits = metrics.splits.labels(backend)
-        self._poison_rows = metrics.poison_rows.labels(backend)
-        self._budget_refusals = metrics.retry_budget_refusals.labels(backend)
         self._failed_rows = functools.partial(metrics.failed_rows.labels, backend)
         self._batches = functools.partial(metrics.batches.labels, backend)
         # Told of every batch that is sent.
         self.on_dispatch: Callable[[Batch], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._slots: ModelSlots = pool.slots(key.model)
-        # State: what waits, in the queue and as pieces; what a row may expect that arrives; which tenants wait apart
-        # from others; why the queue waits although a slot was at hand; what is in flight, with its tasks, and which of
-        # it are pieces; the timer and when it rings; whether `_pump` is about to run; what came since it last ran; when
-        # the last row came or went.
+        # State: what waits; what a row may expect that arrives; what failed; why rows wait although a slot was at hand;
+        # what is in flight, with its tasks; the timer and when it rings; whether `_pump` is about to run; what came
+        # since it last ran; when the last row came or went.
         self._queue = queue
         self._admission = Admission(queue.seats)
-        self._isolation = isolation
-        self._quarantine = Quarantine()
+        self._recovery = Recovery(
+            self,
+            model_name=key.model_name,
+            queue=queue,
+            slots=self._slots,
+            budget=budget,
+            backend=backend,
+            retries=retries,
+            metrics=metrics,
+        )
         self._hold: Hold | None = None
         self._in_flight: dict[Batch, asyncio.Task[None]] = {}
-        self._pieces_in_flight: dict[Batch, Piece] = {}
         self._blocks_in_flight = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
@@ -126,12 +125,7 @@ class Batcher:
         """Forget what waits of a block; rows in flight go on for their neighbours."""
         if self._queue.discard(block) and not self._queue.rows:
             self._slots.withdraw(self)
-        if self._isolation.rows:
-            self._discard_pieces(block)
-
-    def _discard_pieces(self, block: Block) -> None:
-        for piece in self._isolation.discard(block):
-            self._slots.leave(piece)
+        self._recovery.discard(block)
 
     def apply(
         self,
@@ -159,7 +153,7 @@ class Batcher:
             patience_s=patience_s,
         )
         self._policy = change_policy(self._policy, max_in_flight, max_queue_delay_s)
-        self._retries = retries
+        self._recovery.retries = retries
         self._contract = contract
         self._hedging.is_allowed = retries > 0
         self._admission = Admission(self._queue.seats)
@@ -179,8 +173,8 @@ class Batcher:
 
     def is_idle_since(self, then: float) -> bool:
         """Whether no row waited or flew since `then`."""
-        waits = self._queue.rows or self._isolation.rows or self._quarantine.wake_at < math.inf
-        return not waits and not self._in_flight and self._last_used < then
+        is_idle = not self._queue.rows and not self._in_flight and self._recovery.is_idle
+        return is_idle and self._last_used < then
 
     def stop(self) -> None:
         """Ring no more; nothing waits here, or nobody waits for it."""
@@ -237,12 +231,7 @@ class Batcher:
         least_s = self._policy.service_times.least_s
         if least_s:
             self._give_up(self._queue.pop_infeasible(now + CLOCK_SLACK_S, least_s), "at least", least_s, now)
-        for block in self._isolation.expired(now + CLOCK_SLACK_S):
-            self._discard_pieces(block)
-            block.recipient.expire()
-        for tenant in self._quarantine.released(now + CLOCK_SLACK_S):
-            logger.info("tenant %r of model %r shares batches again", tenant, self._key.model_name)
-            self._queue.rejoin(tenant)
+        self._recovery.expire(now + CLOCK_SLACK_S)
 
     def _yield_seats(self, slots: ModelSlots, now: float) -> None:
         """With more rows than seats those that will probably be late leave theirs to others, as far as there are any.
@@ -259,13 +248,13 @@ class Batcher:
         for part in parts:
             left_s = max(part.block.deadline - now, 0.0)
             message = f"{left_s:.3g} s are left to the deadline, and a call takes {how} {service_s:.3g} s"
-            _fail((part,), DeadlineExceeded(message))
+            fail((part,), DeadlineExceeded(message))
 
     def _set_alarm(self) -> None:
         """Ring when a row becomes infeasible, a hold or a quarantine ends; an alarm that is early enough stays."""
         infeasible_at = self._queue.wake_at - self._policy.service_times.least_s
         hold_until = self._hold.until if self._hold else math.inf
-        at = min(infeasible_at, self._isolation.wake_at, self._quarantine.wake_at, hold_until)
+        at = min(infeasible_at, self._recovery.wake_at, hold_until)
         if at < self._timer_at:
             if self._timer:
                 self._timer.cancel()
@@ -301,16 +290,17 @@ class Batcher:
             parts, rest = cut(parts, max_rows)
             self._queue.requeue(rest)
         batch = self._form(parts, now)
-        self._retry_budget.sent(batch.rows, now)
+        self._recovery.retry_budget.sent(batch.rows, now)
         return batch
 
     def take_piece(self, piece: Piece, now: float) -> Batch | None:
         """See slots.Taker. Late rows are answered first, so none is dispatched."""
         self._expire(now)
-        if not piece.parts:
+        parts = self._recovery.take(piece)
+        if not parts:
             return None
-        batch = self._form(self._isolation.take(piece), now)
-        self._pieces_in_flight[batch] = piece
+        batch = self._form(parts, now)
+        self._recovery.sent(piece, batch)
         return batch
 
     def _form(self, parts: tuple[Part, ...], now: float) -> Batch:
@@ -352,40 +342,37 @@ class Batcher:
         try:
             answer = await self._pool.infer(batch, slot, self._hedging)
         except BackendError as error:
-            self._failed(batch, error, slot)
+            self._recovery.failed(batch, error, slot.seat.member.address)
         except asyncio.CancelledError:
-            _fail(batch.parts, Unavailable("the router shut down before the call was answered"))
+            fail(batch.parts, Unavailable("the router shut down before the call was answered"))
             raise
         except Exception:
             logger.exception("batch %s failed inside the router; this is a bug", batch.id)
-            _fail(batch.parts, InternalError())
+            fail(batch.parts, InternalError())
         else:
-            self._answered(batch, answer, slot)
+            self._answered(batch, answer)
         finally:
             alarm.cancel()
             del self._in_flight[batch]
-            self._pieces_in_flight.pop(batch, None)
+            self._recovery.landed(batch)
             self._blocks_in_flight -= len(batch.parts)
             self._pump_soon()
 
     def _may_hedge(self, rows: int, now: float) -> bool:
         """A batch is about to be sent a second time, within the share that `Hedging` allows."""
-        may_hedge = self._may_spend(rows, now)
+        may_hedge = self._recovery.may_spend(rows, now)
         self._hedged_batches.inc(may_hedge)
         return may_hedge
 
-    def _answered(self, batch: Batch, answer: BatchAnswer, slot: Slot) -> None:
+    def _answered(self, batch: Batch, answer: BatchAnswer) -> None:
         service_s = answer.answered_at - answer.dispatched_at
         self._policy.completed(answer.replica, batch.rows, service_s, answer.answered_at)
         self._admission.update(self._policy.service_times, self._slots.usable, self._slots.waiting_keys)
-        if answer.fault and self._goes_elsewhere(batch, answer.fault, slot):
+        if answer.fault and self._recovery.asks_another(batch, answer.fault, answer.replica):
             return
         self._batches("answered").inc()
         self._batch_seconds.observe(service_s)
-        if batch in self._pieces_in_flight:
-            self._carry_out(self._isolation.answered(self._pieces_in_flight[batch], self._slots.split_limit))
-        if self._quarantine.is_watching:
-            self._quarantine.served(batch.parts)
+        self._recovery.answered(batch)
         if answer.row_errors:
             self._hand_out_rows(batch, answer, answer.row_errors)
             return
@@ -404,77 +391,6 @@ class Batcher:
                 part.block.recipient.fail(part, ModelFailed(row_errors[offset]))
             else:
                 part.block.recipient.answer(part, answer, offset)
-
-    # -- in vain -----------------------------------------------------------------------------------------------------
-
-    def _failed(self, batch: Batch, error: BackendError, slot: Slot) -> None:
-        self._follow(self._judge(batch, error, slot), batch, error, slot)
-
-    def _goes_elsewhere(self, batch: Batch, fault: BackendError, slot: Slot) -> bool:
-        """Whether another replica is asked before an answer is believed that may not be true."""
-        verdict = self._judge(batch, fault, slot)
-        if verdict.elsewhere and not verdict.failed:
-            self._follow(verdict, batch, fault, slot)
-            return True
-        return False
-
-    def _judge(self, batch: Batch, error: BackendError, slot: Slot) -> Verdict:
-        piece = self._pieces_in_flight.get(batch)
-        is_split = piece is not None and piece.is_split
-        had_second = piece is not None and piece.avoid is not None
-        has_other = self._slots.has_other(slot.seat.member.address)
-        return judge(Failure(batch.parts, error, is_split, had_second), Chances(self._retries, has_other, self._spend))
-
-    def _spend(self, rows: int) -> bool:
-        return self._may_spend(rows, self._loop.time())
-
-    def _may_spend(self, rows: int, now: float) -> bool:
-        """Charge the key's retry budget, if it lasts."""
-        may_spend = self._retry_budget.may_spend(rows, now)
-        self._budget_refusals.inc(not may_spend)
-        return may_spend
-
-    def _follow(self, verdict: Verdict, batch: Batch, error: BackendError, slot: Slot) -> None:
-        logger.warning("batch %s of %d rows: %s; rows: %s", batch.id, batch.rows, error.message, verdict)
-        self._batches(type(error).__name__).inc()
-        ruling = self._isolation.failed(
-            self._pieces_in_flight.get(batch),
-            verdict,
-            formed_at=batch.formed_at,
-            sent_rows=batch.rows,
-            replica=slot.seat.member.address,
-            slots=self._slots.split_limit,
-        )
-        self._carry_out(ruling)
-        self._requeued_rows.inc(count_rows(ruling.requeue))
-        self._queue.requeue(ruling.requeue)
-        if verdict.failed:
-            self._fail_rows(verdict, error)
-
-    def _carry_out(self, ruling: Ruling) -> None:
-        self._splits.inc(ruling.splits)
-        for piece in ruling.leave:
-            self._slots.leave(piece)
-        for piece in ruling.enter:
-            self._slots.enter(self, piece)
-
-    def _fail_rows(self, verdict: Verdict, error: BackendError) -> None:
-        self._failed_rows("poison" if verdict.is_poison else error.reason).inc(count_rows(verdict.failed))
-        if verdict.is_poison:
-            self._poison_rows.inc()
-            self._blame(verdict.failed[0].block.tenant)
-        _fail(verdict.failed, error.for_caller())
-
-    def _blame(self, tenant: str) -> None:
-        if self._quarantine.poisoned(tenant, self._loop.time()):
-            logger.warning("tenant %r of model %r gets batches of its own: bad rows", tenant, self._key.model_name)
-            self._queue.separate(tenant)
-
-
-def _fail(parts: Iterable[Part], error: RouterError) -> None:
-    for part in parts:
-        if not part.block.recipient.is_closed:
-            part.block.recipient.fail(part, error)
 
 
 class _DeadlineAlarm:

@@ -18,7 +18,6 @@ from typing import Protocol
 from router.batcher import Batcher
 from router.config import ModelSettings, Settings
 from router.core.budget import Budget
-from router.core.isolation import Isolation
 from router.core.policy import choose_policy
 from router.core.types import BatchKey, Block, Contract
 from router.core.variable_queue import make_queue
@@ -141,7 +140,7 @@ class Lanes:
                 weights=self._settings.tenant_weights,
                 patience_s=model.batch_class_patience_s,
             ),
-            isolation=Isolation(self.budget),
+            budget=self.budget,
             policy=choose_policy(backend.max_in_flight, model.max_queue_delay_s),
             pool=self._pools[model.backend],
             backend=model.backend,

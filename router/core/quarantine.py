@@ -53,6 +53,11 @@ class Quarantine:
         return bool(self._tenants)
 
     @property
+    def is_on(self) -> bool:
+        """Whether anybody is set apart."""
+        return bool(self._until)
+
+    @property
     def wake_at(self) -> float:
         """When the next quarantine ends; infinity without one."""
         return next(iter(self._until.values()), math.inf)

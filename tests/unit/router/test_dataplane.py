@@ -96,8 +96,8 @@ async def plane_of(
     yield plane
     await plane.plane.aclose()
     await plane.pool.aclose()
-    assert "0 open calls" in repr(plane.plane)
-    assert "0 rows queued" in repr(plane.plane)
+    assert "<DataPlane 0 open calls" in repr(plane.plane)
+    assert " 0 rows queued" in repr(plane.plane)
     assert all(replica.in_flight == 0 for replica in replicas)
     assert asyncio.all_tasks() == before
 
@@ -334,7 +334,7 @@ async def test_a_deadline_keeps_the_rows_that_were_answered_and_drops_those_that
         await asyncio.sleep(6)
         assert both.reply.values == {(0, 0): 2.0}
         assert isinstance(both.reply.closed_by, DeadlineExceeded)
-        assert "0 rows queued" in repr(plane.plane)
+        assert " 0 rows queued" in repr(plane.plane)
 
 
 async def settled(plane: Plane, backend: FakeBackend, service_s: float = 1.0) -> None:
@@ -687,7 +687,7 @@ async def test_whoever_has_less_time_than_any_call_takes_is_refused_on_arrival()
         refused = plane.call([1], timeout_s=4.9)
         assert isinstance(refused.reply.failures[0, 0], DeadlineExceeded)
         assert plane.count("router_refusals_total", reason="deadline") == 1
-        assert "0 open calls" in repr(plane.plane)
+        assert "<DataPlane 0 open calls" in repr(plane.plane)
 
 
 async def test_past_the_queues_bound_the_time_to_retry_follows_from_the_drain_rate() -> None:
@@ -734,7 +734,7 @@ async def test_past_the_bound_of_keys_a_new_key_is_refused_until_an_idle_one_is_
         await asyncio.sleep(599)
         assert "2 keys" in repr(plane.plane)
         await asyncio.sleep(100)
-        assert "0 keys" in repr(plane.plane)
+        assert " 0 keys" in repr(plane.plane)
         later = plane.call((make_key(model="c"), [1]))
         await asyncio.sleep(2)
         assert later.values == [2]

@@ -164,7 +164,7 @@ class Isolation(RuleBasedStateMachine):
         """Let everything come to its end, and see that nobody was forgotten."""
         for number in range(len(self.backends)):
             self.run(self.set_ready(number, is_ready=True))
-        while self.in_flight or "0 open calls" not in repr(self.plane.plane):
+        while self.in_flight or "<DataPlane 0 open calls" not in repr(self.plane.plane):
             for sent in self.in_flight:
                 if not sent.future.done():
                     self.finish(sent)
@@ -178,7 +178,7 @@ class Isolation(RuleBasedStateMachine):
                 assert timeout_s == SHORT_S
             elif caller not in self.cancelled:
                 assert told == len(values)
-        assert "0 rows queued" in repr(self.plane.plane)
+        assert " 0 rows queued" in repr(self.plane.plane)
         assert all(not backend.in_flight for backend in self.backends)
         self.run(self.plane.plane.aclose())
         self.run(self.plane.pool.aclose())

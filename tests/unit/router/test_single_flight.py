@@ -330,7 +330,7 @@ async def test_flights_and_kept_answers_go_with_their_key() -> None:
         await asyncio.sleep(50)
         assert "1 keys" in repr(plane.plane)
         await asyncio.sleep(20)
-        assert "0 keys" in repr(plane.plane)
+        assert " 0 keys" in repr(plane.plane)
         Caller(plane, 1)
         await asyncio.sleep(2)
         assert len(backend.sent) == 2

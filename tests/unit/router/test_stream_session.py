@@ -89,7 +89,7 @@ async def running(*, log_requests: str = "off") -> AsyncIterator[Session]:
     yield session
     session.client.hang_up()
     await task
-    assert "0 open calls" in repr(session.plane)
+    assert "<DataPlane 0 open calls" in repr(session.plane)
     assert repr(session.session) == "<StreamSession 0 open calls, 0 messages ready>"
     await session.plane.aclose()
 
