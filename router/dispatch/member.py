@@ -50,6 +50,9 @@ class Backend(Protocol):
     def abandon(self) -> None:
         """Let every batch that is out fail as lost; its answer is never read."""
 
+    def close_idle(self) -> None:
+        """Let go of what it holds between batches."""
+
     async def probe(self) -> Sign:
         """Ask whether it lives and is ready, however long that takes."""
 

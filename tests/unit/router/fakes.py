@@ -110,9 +110,14 @@ class FakeBackend:
         for sent in self.sent:
             sent.end(StreamLost("abandoned"))
 
+    def close_idle(self) -> None:
+        """It has nothing between batches."""
+
     async def probe(self) -> Sign:
         self.probed_at.append(asyncio.get_running_loop().time())
         await asyncio.sleep(self.probe_s)
+        for _ in range(5):  # an answer that has come takes some turns of the loop to be read
+            await asyncio.sleep(0)
         if self.is_frozen:
             await self._lost.wait()
             return Sign.NONE

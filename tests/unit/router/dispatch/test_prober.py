@@ -261,6 +261,46 @@ async def test_a_stall_of_the_router_itself_makes_nobody_suspect(
         assert not any(isinstance(end, StreamLost) for end in key.ends)
 
 
+async def test_a_probe_whose_answer_came_while_the_router_stood_still_is_no_miss(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    (one,) = backends(1)
+    one.probe_s = 1.5
+    async with probing(one):
+        await asyncio.sleep(one.probed_at[-1] + INTERVAL_S + 0.1 - now())
+        for _ in range(5):
+            probes = len(one.probed_at)
+            await asyncio.sleep(one.probed_at[-1] + 1.2 - now())
+            loop.stall(5.0)
+            await asyncio.sleep(0.1)
+            assert len(one.probed_at) == probes + 1
+        assert "no sign of life" not in caplog.text
+
+
+async def test_a_batch_that_came_back_while_the_router_stood_still_makes_nobody_suspect(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    (busy,) = backends(1)
+    async with probing(busy) as pool:
+        key = Key(pool)
+        key.learn(["r:1"], 20.0)
+        key.send()
+        busy.is_frozen = True
+        await asyncio.sleep(19.8)
+        loop.call_later(0.1, busy.sent[0].answer)
+        await asyncio.sleep(0.05)
+        loop.stall(3.0)
+        await key.wait()
+        busy.is_frozen = False
+        await asyncio.sleep(10.0)
+        assert len(key.ends) == 1
+        assert "no sign of life" not in caplog.text
+
+
 async def test_a_replica_that_has_left_is_asked_no_more() -> None:
     one, two = backends(2)
     async with probing(one, two) as pool:
