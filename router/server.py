@@ -27,6 +27,7 @@ from router.servicers.health import Health
 from router.servicers.inference import InferenceServicer
 from router.servicers.open_inference import OpenInferenceServicer
 from router.servicers.stream import Surroundings
+from router.servicers.tenants import Tenants
 from router.servicers.unary import Rpcs
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class RouterServer:
         self._backends = Backends(settings, make_pool, self.metrics)
         self.plane = DataPlane(settings, self._backends.pools, self.metrics)
         access = Access(self.metrics, settings.log_requests)
-        self._around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs())
+        self._around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs(), Tenants(settings))
         self._rpcs = Rpcs()
         self._servicer = InferenceServicer(self._around, self._rpcs)
         self._open_inference = OpenInferenceServicer(self._around, self._rpcs)

@@ -179,12 +179,18 @@ class ReplicaPool:
         await member.aclose()
 
     def _replica_changed(self) -> None:
-        """Look at the standing of all: while one is away, another may do that is none too good."""
+        """Look at the standing of all: while one is away, another may do that is none too good.
+
+        A model that takes some of the room goes behind the others, or the first would take it all.
+        """
         for prober in self._probers.values():
             prober.look()
         self._survey()
-        for slots in list(self._slots.values()):
+        for model, slots in list(self._slots.items()):
+            busy = slots.busy
             slots.assign()
+            if slots.busy > busy:
+                self._slots[model] = self._slots.pop(model)
 
     def _survey(self) -> None:
         best = min((member.standing for member in self._members), default=Standing.AWAY)

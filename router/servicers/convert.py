@@ -15,7 +15,7 @@ import numpy.typing as npt
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from router.config import LimitSettings, Settings
 from router.core.batch import partition
-from router.core.types import BatchAnswer, BatchKey, Block, Part, Recipient, Tensor, TensorSpec
+from router.core.types import DEFAULT_TENANT, BatchAnswer, BatchKey, Block, Part, Recipient, Tensor, TensorSpec
 from router.errors import InvalidArgument, ModelFailed, NotFound, RouterError
 
 # Taken off a gRPC deadline, so that our own answer still arrives in time.
@@ -85,6 +85,8 @@ class Terms:
 
     arrived_at: float
     timeout_s: float
+    tenant: str = DEFAULT_TENANT
+    is_batch_class: bool = False
 
     @property
     def deadline(self) -> float:
@@ -245,9 +247,8 @@ def to_blocks(
         if run.error is None:
             whole = len(runs) == 1
             rows = vectors if whole else vectors[run.first * row_bytes : (run.first + run.rows) * row_bytes]
-            yield Block(
-                route.key, index, run.first, run.rows, (rows,), row_bytes, terms.arrived_at, terms.deadline, recipient
-            )
+            times, whose = (terms.arrived_at, terms.deadline), (terms.tenant, terms.is_batch_class)
+            yield Block(route.key, index, run.first, run.rows, (rows,), row_bytes, *times, recipient, *whose)
 
 
 @dataclass(frozen=True, slots=True)

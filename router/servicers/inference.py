@@ -94,7 +94,7 @@ class InferenceServicer:
         self._rpcs.watch(context)
         reply = _UnaryReply(request, context, self._around.outputs)
         try:
-            await self._infer(request, context.time_remaining(), reply)
+            await self._infer(request, context, reply)
             response = reply.response()
         except RouterError as error:
             return await self._fail(reply, error, context)
@@ -108,13 +108,19 @@ class InferenceServicer:
         common = _common_error(response) if reply.errors else None
         return await abort(context, common) if common else response
 
-    async def _infer(self, request: pb.PredictRequest, rpc_s: float | None, reply: "_UnaryReply") -> None:
+    async def _infer(self, request: pb.PredictRequest, context: UnaryContext, reply: "_UnaryReply") -> None:
         """Queue the request's rows and wait for all of them. Raises RouterError for a fault of the whole request."""
         settings = self._around.settings
         _check_request(request, settings.limits.max_agents, settings.limits.max_name_length)
         asked_s = request.timeout_s if request.HasField("timeout_s") else None
         now = asyncio.get_running_loop().time()
-        terms = convert.Terms(now, convert.timeout_s(asked_s, rpc_s, settings))
+        tenants = self._around.tenants
+        terms = convert.Terms(
+            now,
+            convert.timeout_s(asked_s, context.time_remaining(), settings),
+            tenants.of_call(request.tenant, tenants.of_rpc(context)),
+            request.priority_class == pb.PRIORITY_CLASS_BATCH,
+        )
         if terms.timeout_s <= 0:
             raise DeadlineExceeded("the deadline had passed when the request arrived")
         blocks, errors = convert.from_agents(request.agents, self._around.routes, settings.limits.max_name_length)

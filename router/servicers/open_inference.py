@@ -70,7 +70,7 @@ class OpenInferenceServicer:
         self._rpcs.watch(context)
         reply = _Reply(request, request_id(context, request.id[: self._around.settings.limits.max_name_length]))
         try:
-            response = await self._infer(request, context.time_remaining(), reply)
+            response = await self._infer(request, context, reply)
         except RouterError as error:
             return await self._fail(reply, error, context)
         except asyncio.CancelledError:
@@ -82,14 +82,19 @@ class OpenInferenceServicer:
         self._record(reply, OK)
         return response
 
-    async def _infer(
-        self, request: pb.ModelInferRequest, rpc_s: float | None, reply: "_Reply"
-    ) -> pb.ModelInferResponse:
+    async def _infer(self, request: pb.ModelInferRequest, context: Context, reply: "_Reply") -> pb.ModelInferResponse:
         """Queue the request's rows and wait for all of them. Raises RouterError."""
         settings = self._around.settings
-        tensors.check_priority(request.parameters)
+        is_batch_class = tensors.is_batch_class(request.parameters)
         now = asyncio.get_running_loop().time()
-        terms = convert.Terms(now, convert.timeout_s(tensors.timeout_s(request.parameters), rpc_s, settings))
+        asked_s = tensors.timeout_s(request.parameters)
+        tenants = self._around.tenants
+        terms = convert.Terms(
+            now,
+            convert.timeout_s(asked_s, context.time_remaining(), settings),
+            tenants.of_call("", tenants.of_rpc(context)),
+            is_batch_class,
+        )
         rows = tensors.read(request, self._targets, settings.limits)
         reply.rows = rows.rows
         if terms.timeout_s <= 0:

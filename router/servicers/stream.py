@@ -22,12 +22,13 @@ import grpc.aio
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from router.config import Settings
-from router.core.types import BatchAnswer, Block, Part
+from router.core.types import DEFAULT_TENANT, BatchAnswer, Block, Part
 from router.dataplane import Call, DataPlane
 from router.errors import Cancelled, InternalError, InvalidArgument, ResourceExhausted, RouterError
 from router.servicers import convert
 from router.servicers.access import OK, PARTIAL, Access
 from router.servicers.status import status_of, to_proto
+from router.servicers.tenants import Tenants
 
 Context = grpc.aio.ServicerContext[pb.PredictStreamRequest, pb.PredictStreamResponse]
 
@@ -58,11 +59,13 @@ class Surroundings:
     routes: convert.Routes
     access: Access
     outputs: convert.VectorOutputs
+    tenants: Tenants
 
     def apply(self, settings: Settings) -> None:
         """Read new requests by other settings."""
         self.settings = settings
         self.routes = convert.Routes(settings)
+        self.tenants = Tenants(settings)
         self.access.set_log_requests(settings.log_requests)
 
 
@@ -73,11 +76,13 @@ class StreamSession:
         self._around = around
         self._context = context
         self._loop = asyncio.get_running_loop()
-        # State: how many calls may be open, by the settings at the last message; calls by id until their last answer is
-        # handed to the wire; the messages to write, the last of which still fills, their bytes, and how many of them
-        # may hold answers that nobody wants any more; calls that were answered and not counted yet; what wakes the
-        # writer; whether client or router wants to end the stream.
+        # State: the settings at the last message, and by them how many calls may be open, and the tenant of calls that
+        # tell none; calls by id until their last answer is handed to the wire; the messages to write, the last of which
+        # still fills, their bytes, and how many of them may hold answers that nobody wants any more; calls that were
+        # answered and not counted yet; what wakes the writer; whether client or router wants to end the stream.
+        self._settings: Settings | None = None
         self._max_open = 0
+        self.tenant = ""
         self._calls: dict[int, _StreamReply] = {}
         self._outbox: deque[_Message] = deque()
         self._unread_bytes = 0
@@ -137,7 +142,8 @@ class StreamSession:
 
     async def _take(self, request: pb.PredictStreamRequest) -> None:
         """First the cancels of calls that were open before this message, so that their ids may come back in it."""
-        self._max_open = self._around.settings.limits.max_open_calls
+        if self._settings is not self._around.settings:
+            self._follow(self._around.settings)
         late_cancels = await self._cancel_all(request.cancels)
         is_first = True
         for some in convert.read_calls(request.calls, TURN, self._around.settings.limits.max_agents):
@@ -152,6 +158,12 @@ class StreamSession:
                 self._begin_all(turn, are_finite=are_finite)
         await self._cancel_all(late_cancels)
         self._something_to_do.set()
+
+    def _follow(self, settings: Settings) -> None:
+        """They may be others than at the last message."""
+        self._settings = settings
+        self._max_open = settings.limits.max_open_calls
+        self.tenant = self._around.tenants.of_rpc(self._context)
 
     async def _cancel_all(self, call_ids: Iterable[int]) -> list[int]:
         """Those that name no call of the stream come back; a message has room for millions of them."""
@@ -345,8 +357,14 @@ class _StreamReply:
         message = raw.message
         self._rows = convert.check_call(raw, around.settings.limits)
         asked_s = message.timeout_s if message.HasField("timeout_s") else None
-        terms = convert.Terms(now, convert.timeout_s(asked_s, None, around.settings))
-        deadline = terms.deadline
+        tenants = around.tenants
+        terms = convert.Terms(
+            now,
+            convert.timeout_s(asked_s, None, around.settings),
+            tenants.of_call(message.tenant, self._session.tenant) if tenants.are_trusted else DEFAULT_TENANT,
+            message.priority_class == pb.PRIORITY_CLASS_BATCH,
+        )
+        deadline, tenant, is_batch_class = terms.deadline, terms.tenant, terms.is_batch_class
         call = self._call = around.plane.open(self, self._rows, terms.timeout_s)
         blocks: list[Block] = []
         bad_rows = 0
@@ -359,7 +377,11 @@ class _StreamReply:
                 if len(vectors) != rows * key.row_bytes:
                     convert.check_size(vectors, rows, dim)
                 if are_finite:
-                    blocks.append(Block(key, index, 0, rows, (vectors,), key.row_bytes, now, deadline, call))
+                    blocks.append(
+                        Block(
+                            key, index, 0, rows, (vectors,), key.row_bytes, now, deadline, call, tenant, is_batch_class
+                        )
+                    )
                 else:
                     good = self._good_blocks(call, route, index, block, terms, convert.MAX_BAD_ROWS - bad_rows)
                     bad_rows += rows - sum(one.rows for one in good)

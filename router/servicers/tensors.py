@@ -38,6 +38,7 @@ MAX_ELEMENTS = 131_072
 # Elements of any datatype in typed contents: 0.05 µs each. Raw ones cost nothing.
 MAX_TYPED_ELEMENTS = 1_048_576
 MICROSECONDS = 1e6
+FIRST_BATCH_PRIORITY = 2
 # Elements of a shape, whatever there is of them: a shape costs nothing to write.
 MAX_COUNTABLE = 2**63 - 1
 
@@ -133,11 +134,12 @@ class Rows:
         """All of them as one block."""
         key = self.target.key
         times = terms.arrived_at, terms.deadline
+        whose = terms.tenant, terms.is_batch_class
         if key.is_variable:
             return VariableBlock(
-                key, 0, 0, self.rows, self.inputs, key.row_bytes, *times, recipient, offsets=self.offsets
+                key, 0, 0, self.rows, self.inputs, key.row_bytes, *times, recipient, *whose, offsets=self.offsets
             )
-        return Block(key, 0, 0, self.rows, self.inputs, key.row_bytes, *times, recipient)
+        return Block(key, 0, 0, self.rows, self.inputs, key.row_bytes, *times, recipient, *whose)
 
 
 # -- parameters ------------------------------------------------------------------------------------------------------
@@ -149,9 +151,9 @@ def timeout_s(parameters: Parameters) -> float | None:
     return microseconds / MICROSECONDS if microseconds else None
 
 
-def check_priority(parameters: Parameters) -> None:
-    """Refuse a priority that names no class: 0 and 1 are interactive, 2 and more batch. Neither has an effect yet."""
-    _whole_number(_PRIORITY, parameters)
+def is_batch_class(parameters: Parameters) -> bool:
+    """Whether the parameter `priority` is 2 or more; 0 and 1, Triton's "default" and "highest", are interactive."""
+    return _whole_number(_PRIORITY, parameters) >= FIRST_BATCH_PRIORITY
 
 
 def _whole_number(name: str, parameters: Parameters) -> int:

@@ -176,7 +176,9 @@ class PredictRequest(_message.Message):
     """Seconds; the earliest of this, the RPC's own deadline and the router's max_timeout_s applies."""
     priority_class: Global___PriorityClass.ValueType
     tenant: _builtins.str
-    """On whose account the rows count. Without effect until the router schedules by tenant."""
+    """On whose account the rows count, where the router trusts its callers to say so (trust_tenant); else all are one
+    tenant's. Empty: the x-tenant of the RPC's metadata, which on a stream holds for all of its calls.
+    """
     explain: _builtins.bool
     """Asks for an Explanation with each result."""
     @_builtins.property
@@ -324,7 +326,9 @@ class Call(_message.Message):
     """Seconds from arrival; absent: the router's default_timeout_s."""
     priority_class: Global___PriorityClass.ValueType
     tenant: _builtins.str
-    """On whose account the rows count. Without effect until the router schedules by tenant."""
+    """On whose account the rows count, where the router trusts its callers to say so (trust_tenant); else all are one
+    tenant's. Empty: the x-tenant of the RPC's metadata, which on a stream holds for all of its calls.
+    """
     explain: _builtins.bool
     request_id: _builtins.str
     """For logs."""

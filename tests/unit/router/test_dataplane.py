@@ -173,6 +173,46 @@ async def test_models_have_slots_of_their_own() -> None:
         assert backend.most_in_flight == 3
 
 
+async def test_a_key_with_one_row_waits_for_one_batch_of_the_key_that_floods_its_model() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        for value in range(100):
+            plane.call([value])
+        await settle()
+        plane.call((make_key(agent_type="lone"), [1000]))
+        await settle()
+        for sent in range(2):
+            backend.sent[sent].answer()
+            await settle()
+        assert [sent.values for sent in backend.sent] == [[0, 1, 2, 3], [4, 5, 6, 7], [1000]]
+
+
+class NarrowBackend(FakeBackend):
+    """One stream, whatever the models; it is handed on when it is free, as replica.Replica does."""
+
+    @property
+    def is_ready(self) -> bool:
+        return self.in_flight < 1
+
+    def free(self) -> None:
+        super().free()
+        self._on_change()
+
+
+async def test_models_that_share_a_replicas_streams_take_them_in_turn() -> None:
+    backend = NarrowBackend()
+    async with plane_of(backend) as plane:
+        for _ in range(3):
+            for model in ("a", "b", "c"):
+                plane.call((make_key(model=model), [1, 2, 3, 4]))
+        await settle()
+        for _ in range(9):
+            backend.sent[-1].answer()
+            await settle()
+        # The first came to a free stream and so took no turn.
+        assert [sent.batch.key.model_name for sent in backend.sent] == ["a", *"abcabc", *"bc"]
+
+
 async def test_batches_go_to_the_replica_with_the_least_in_flight() -> None:
     one, two = FakeBackend("one:1", service_s=1.0), FakeBackend("two:1", service_s=1.0)
     async with plane_of(one, two, slots=2) as plane:

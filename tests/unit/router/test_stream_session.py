@@ -17,6 +17,7 @@ from router.metrics import Metrics
 from router.servicers.access import Access
 from router.servicers.convert import Routes, VectorOutputs
 from router.servicers.stream import Context, StreamSession, Surroundings
+from router.servicers.tenants import Tenants
 from tests.unit.router.fakes import FakeBackend, pool_of
 
 pytestmark = pytest.mark.anyio
@@ -71,7 +72,7 @@ class Session:
         self.backend = FakeBackend(service_s=0.1)
         self.plane = DataPlane(settings, {"mock": pool_of(self.backend, max_in_flight=4)}, self.metrics)
         access = Access(self.metrics, settings.log_requests)
-        around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs())
+        around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs(), Tenants(settings))
         self.client = Client()
         self.session = StreamSession(around, cast(Context, self.client), is_draining=False)
 
