@@ -32,8 +32,8 @@ class Room:
 class Lane:
     """The rows of one tenant and class; of several tenants where `tenant` is None.
 
-    `credit`: rows that may still go in this turn; `has_turn`: whether the turn's share is in it already. Both belong to
-    `turns.Turns`, as does the `weight`.
+    `credit`: rows that may still go; `round`: in which it had its last turn; `has_turn`: whether that still goes on.
+    They belong to `turns.Turns`, as does the `weight`.
     """
 
     __slots__ = (
@@ -42,6 +42,7 @@ class Lane:
         "has_turn",
         "is_batch_class",
         "members",
+        "round",
         "rows",
         "tenant",
         "waiting",
@@ -61,6 +62,7 @@ class Lane:
         self.members: Counter[str] = Counter()
         self.credit = 0.0
         self.has_turn = False
+        self.round = 0
 
     def __repr__(self) -> str:
         return f"<Lane {self.tenant!r}: {self.rows} rows in {len(self.waiting)} blocks>"

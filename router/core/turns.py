@@ -4,10 +4,10 @@ Theory of operation (Shreedhar and Varghese, 1995). The lanes stand in a ring. I
 times its weight, takes as many rows as it has credit for, and goes to the end of the ring with what is left, a
 fraction. A lane that runs empty loses its credit and its place. The quantum suits the batch: all seats by the sum of
 the weights, so that one round fills a batch, but never less than one row for the heaviest lane, so that each round
-moves something. For example, lanes of weights 3 and 1 share 8 seats as 6 and 2. A batch may end in the midst of a turn;
-the next one goes on from there, with the credit that is left.
+moves something. For example, lanes of weights 3 and 1 share 8 seats as 6 and 2. A batch may end in the midst of a
+round, and of a turn; the next one goes on from there, with the round's quantum and the credit that is left.
 
-So two lanes that never run empty differ by at most a quantum from what their weights give them, whatever they offer,
+So two lanes that never run empty differ by a quantum and a fraction at most, in rows by weight, whatever they offer,
 and a batch costs in proportion to lanes and blocks. A lane that is alone is taken from without any of it.
 """
 
@@ -30,12 +30,15 @@ LaneMaker: TypeAlias = Callable[[str | None, bool], Lane]
 class Turns:
     """The lanes of one class in the order of their turns; the one at the head is next. Empty ones are swept later."""
 
-    __slots__ = ("_is_batch_class", "_make_lane", "lanes")
+    __slots__ = ("_is_batch_class", "_make_lane", "_quantum", "_round", "lanes")
 
     def __init__(self, make_lane: LaneMaker, *, is_batch_class: bool) -> None:
         self._make_lane = make_lane
         self._is_batch_class = is_batch_class
+        # State: the lanes; which round it is, and what each turn of it brings, by weight.
         self.lanes: OrderedDict[str | None, Lane] = OrderedDict()
+        self._round = 0
+        self._quantum = 0.0
 
     @property
     def rows(self) -> int:
@@ -88,18 +91,26 @@ class Turns:
             lanes = [lane for lane in self.lanes.values() if lane.rows and lane.oldest_at <= due_by]
             if not lanes:
                 return
-            self._round(lanes, room, until, due_by)
+            if self._has_had_turn(lanes[0]):
+                self._begin_round(lanes, room.rows - until)
+            self._go_round(lanes, room, until, due_by)
 
-    def _round(self, lanes: Sequence[Lane], room: Room, until: int, due_by: float) -> None:
-        """One turn of each of the lanes, as far as the room goes."""
+    def _begin_round(self, lanes: Sequence[Lane], seats: int) -> None:
         weights = [lane.weight for lane in lanes]
-        quantum = max((room.rows - until) / math.fsum(weights), 1 / max(weights))
+        self._quantum = max(seats / math.fsum(weights), 1 / max(weights))
+        self._round += 1
+
+    def _has_had_turn(self, lane: Lane) -> bool:
+        return lane.round == self._round and not lane.has_turn
+
+    def _go_round(self, lanes: Sequence[Lane], room: Room, until: int, due_by: float) -> None:
+        """The turns that are left of this round, as far as the room goes."""
         for lane in lanes:
-            if room.rows <= until:
+            if room.rows <= until or self._has_had_turn(lane):
                 return
             if not lane.has_turn:
-                lane.credit += quantum * lane.weight
-                lane.has_turn = True
+                lane.credit += self._quantum * lane.weight
+                lane.round, lane.has_turn = self._round, True
             self._turn(lane, room, room.rows - until, due_by)
 
     def _turn(self, lane: Lane, room: Room, seats: int, due_by: float) -> None:
