@@ -48,12 +48,13 @@ class Batcher:
         self._policy = policy
         self._pool = pool
         self._retries = retries
-        self._hedging = Hedging(policy.service_times, lambda _rows, _now: True, is_allowed=retries > 0)
+        self._hedging = Hedging(policy.service_times, self._may_hedge, is_allowed=retries > 0)
         self._next_batch_id = next_batch_id
         self._accepted_rows = metrics.rows
         self._batch_rows = metrics.batch_rows.labels(backend)
         self._batch_seconds = metrics.batch_seconds.labels(backend)
         self._requeued_rows = metrics.requeued_rows.labels(backend)
+        self._hedged_batches = metrics.hedged_batches.labels(backend)
         self._batches = functools.partial(metrics.batches.labels, backend)
         # Told of every batch that is sent.
         self.on_dispatch: Callable[[Batch], None] | None = None
@@ -307,6 +308,11 @@ class Batcher:
             del self._in_flight[batch]
             self._blocks_in_flight -= len(batch.parts)
             self._pump_soon()
+
+    def _may_hedge(self, _rows: int, _now: float) -> bool:
+        """A batch is about to be sent a second time, within the share that `Hedging` allows."""
+        self._hedged_batches.inc()
+        return True
 
     def _answered(self, batch: Batch, answer: BatchAnswer) -> None:
         service_s = answer.answered_at - answer.dispatched_at

@@ -45,6 +45,12 @@ class Metrics:
         self.cached_rows = Counter(
             "router_cached_rows", "Rows answered from the cache.", ["backend"], registry=self.registry
         )
+        self.hedged_batches = Counter(
+            "router_hedged_batches",
+            "Batches that stalled and were sent to a second replica.",
+            ["backend"],
+            registry=self.registry,
+        )
         self.refusals = Counter("router_refusals", "Rows refused, by reason.", ["reason"], registry=self.registry)
         self.queued_rows = Gauge("router_queued_rows", "Rows waiting now.", registry=self.registry)
         self.open_calls = Gauge("router_open_calls", "Calls not fully answered.", registry=self.registry)

@@ -50,6 +50,9 @@ class Backend(Protocol):
     def abandon(self) -> None:
         """Let every batch that is out fail as lost; its answer is never read."""
 
+    def close_idle(self) -> None:
+        """Let go of what it holds between batches."""
+
     async def probe(self) -> Sign:
         """Ask whether it lives and is ready, however long that takes."""
 
@@ -103,6 +106,11 @@ class Member:
         if not self.breaker.is_closed:
             return Standing.EJECTED
         return Standing.FIT if self.pulse.is_ready else Standing.UNREADY
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing at all speaks against it."""
+        return self.standing is Standing.FIT and not self.pulse.is_doubtful
 
     @property
     def can_take(self) -> bool:

@@ -6,6 +6,7 @@ It moves whole batches: no gRPC, no callers, no rows. Decisions are plain calls;
 """
 
 import asyncio
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ from router.core.hedge import Hedging
 from router.core.types import Batch, BatchAnswer
 from router.dispatch.member import Backend, Member, Standing
 from router.dispatch.prober import Prober
+from router.dispatch.race import Race
 from router.dispatch.resolver import Resolver, open_source
 from router.dispatch.slots import CLOCK_SLACK_S, ModelSlots, Slot
 from router.errors import BackendError, BatchTimeout, Malformed, StreamLost
@@ -112,8 +114,15 @@ class ReplicaPool:
     async def infer(self, batch: Batch, slot: Slot, hedging: Hedging) -> BatchAnswer:
         """Send a batch to the slot's replica and return its checked answer; gives the slot back in any case.
 
-        `hedging`: the batch's key. Raises BackendError.
+        When it stalls it may be sent to a second replica as well. `hedging`: of the batch's key. Raises BackendError.
         """
+        stalled_s = hedging.sent(batch.rows) if len(self._peers) > 1 else None
+        if stalled_s is None:
+            return await self._send(batch, hedging, slot)
+        send = functools.partial(self._send, batch, hedging)
+        return await Race(send, functools.partial(self._spare, batch, hedging, slot)).run(slot, stalled_s)
+
+    async def _send(self, batch: Batch, hedging: Hedging, slot: Slot) -> BatchAnswer:
         failure = None
         member = slot.seat.member
         member.out[slot] = slot.taken_at, batch.rows, hedging.times
@@ -128,6 +137,17 @@ class ReplicaPool:
         finally:
             self._give_back(slot, failure)
         return answer
+
+    def _spare(self, batch: Batch, hedging: Hedging, slot: Slot) -> Slot | None:
+        """A slot for a second copy of a batch that has stalled, if somebody still waits for it and the key may."""
+        now = asyncio.get_running_loop().time()
+        if all(part.block.recipient.is_closed for part in batch.parts):
+            return None
+
+        def expect_s(replica: str) -> float:
+            return hedging.times.of(replica).predict(batch.rows)
+
+        return slot.slots.take_spare(slot, now, lambda: hedging.may_hedge(batch.rows, now), expect_s)
 
     # -- joining and leaving -----------------------------------------------------------------------------------------
 

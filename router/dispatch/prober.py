@@ -3,6 +3,9 @@
 It asks with every new connection, then every `interval_s`, the first time somewhat sooner by chance, so that replicas
 that have connected together are not all asked at one instant. It has a task of its own and holds up nobody.
 
+A server may have a thread per stream and none left for questions. So after a miss the streams without a batch are
+closed: what is silent then is not silent for our sake.
+
 Our own loop may stand still, too. Then answers are there and unread, so a wait that ends late is waited again: no
 replica is blamed for the router's stalls.
 """
@@ -112,6 +115,7 @@ class Prober:
         pulse, was_suspect, was_ready = self._pulse, self._pulse.is_suspect, self._pulse.is_ready
         if sign is Sign.NONE:
             pulse.missed()
+            self._member.replica.close_idle()
             self._judge()
         else:
             pulse.answered(sign)

@@ -123,9 +123,7 @@ class Replica:
         if self._watch_task:
             self._watch_task.cancel()
             await asyncio.wait([self._watch_task])
-        for stream in self._idle:
-            stream.close()
-        self._idle.clear()
+        self.close_idle()
         if self._channel:
             await self._channel.close()
 
@@ -185,6 +183,11 @@ class Replica:
         for bound in self._out:
             if not bound.expired():
                 bound.reschedule(ABANDONED_AT)
+
+    def close_idle(self) -> None:
+        """See member.Backend."""
+        while self._idle:
+            self._idle.popleft().close()
 
     async def probe(self) -> Sign:
         """See member.Backend. A foreign server may know neither question; it lives if it says so."""

@@ -11,7 +11,7 @@ It moves whole batches: no gRPC, no callers, no rows. Every decision is a plain 
 import asyncio
 import random
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -167,6 +167,22 @@ class ModelSlots:
                 taker.dispatch(batch, self._occupy(seat, now, now + expected_s))
             if taker.wants_slot:
                 self._waiting[taker] = None
+
+    def take_spare(
+        self, besides: Slot, now: float, may_take: Callable[[], bool], expect_s: Callable[[str], float]
+    ) -> Slot | None:
+        """A second slot for a batch that has stalled: idle, on another replica that nothing speaks against.
+
+        None while a key of the model waits, as its rows come first. `may_take` is asked when there is one; `expect_s`:
+        how long a replica will take.
+        """
+        if self.others_wait:
+            return None
+        others = [seat for seat in self._seats if seat.member is not besides.seat.member and seat.member.is_sound]
+        number = choose([self._load(seat, now) for seat in others])
+        if number is None or not may_take():
+            return None
+        return self._occupy(others[number], now, now + expect_s(others[number].member.address))
 
     def release(self, slot: Slot, error: BackendError | None) -> None:
         """Return a slot; after a failure that may be retried the replica pauses for this model.

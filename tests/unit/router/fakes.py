@@ -115,6 +115,9 @@ class FakeBackend:
         for sent in self.sent:
             sent.end(StreamLost("abandoned"))
 
+    def close_idle(self) -> None:
+        """It has nothing between batches."""
+
     async def probe(self) -> Sign:
         self.probed_at.append(asyncio.get_running_loop().time())
         await asyncio.sleep(self.probe_s)

@@ -46,6 +46,12 @@ class Key:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
+    async def cancel(self) -> None:
+        """Give up what is out."""
+        for task in self._tasks:
+            task.cancel()
+        await self.wait()
+
     def learn(self, replicas: Iterable[str], service_s: float, calls: int = 20) -> None:
         """So many calls on each replica have taken so long."""
         for replica in replicas:
