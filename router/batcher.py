@@ -166,10 +166,11 @@ class Batcher:
         self._queue.recount()
 
     def keep(self, block: Block, runs: Sequence[tuple[int, int]]) -> None:
-        """Forget what waits of a block but these runs of rows."""
-        self._queue.keep(block, runs)
-        if not self._queue.rows:
-            self._slots.withdraw(self)
+        """Forget what waits of a block but these runs of rows; of none: all of it, wherever it is."""
+        if runs:
+            self._queue.keep(block, runs)
+        else:
+            self.discard(block)
 
     def is_idle_since(self, then: float) -> bool:
         """Whether no row waited or flew since `then`."""

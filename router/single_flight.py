@@ -83,15 +83,16 @@ class SingleFlight:
             self._cache = AnswerCache(cache_ttl_s, cache_max_bytes)
 
     def put_aside(self) -> None:
-        """New blocks go past it, to the batcher; it tells those who wait here."""
+        """New blocks go past it, to the batcher; it tells those who wait here, and is gone with the last of them."""
         self._cache = None
         self._batcher.on_dispatch = None
+        self._cancel_alarm()
+        self._set_alarm()
 
     def stop(self) -> None:
         """Ring no more; what is kept is of no more use."""
         self._cache = None
-        if self._timer:
-            self._timer.cancel()
+        self._cancel_alarm()
         self._batcher.stop()
 
     async def aclose(self) -> None:
@@ -155,14 +156,18 @@ class SingleFlight:
         """Ring at the next deadline, or when an answer is too old; an alarm that is early enough already stays."""
         at = min(self._flights.wake_at, self._cache.wake_at if self._cache else math.inf)
         if at < self._timer_at:
-            if self._timer:
-                self._timer.cancel()
+            self._cancel_alarm()
             self._timer = self._loop.call_at(at, self._ring)
             self._timer_at = at
 
-    def _ring(self) -> None:
+    def _cancel_alarm(self) -> None:
+        if self._timer:
+            self._timer.cancel()
         self._timer = None
         self._timer_at = math.inf
+
+    def _ring(self) -> None:
+        self._cancel_alarm()
         now = self._loop.time() + CLOCK_SLACK_S
         if self._cache:
             self._cache.expire(now)

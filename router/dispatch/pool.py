@@ -201,14 +201,13 @@ class ReplicaPool:
         await member.aclose()
 
     def _replica_changed(self) -> None:
-        """Look at the standing of all: while one is away, another may do that is none too good."""
+        """Look at the standing of all: while one is away, another may do that is none too good.
+
+        A model that takes some of the room goes behind the others, or the first would take it all.
+        """
         for prober in self._probers.values():
             prober.look()
         self._survey()
-        self._assign_all()
-
-    def _assign_all(self) -> None:
-        """Replicas have room again. A model that takes some goes behind the others, or the first would take it all."""
         for model, slots in list(self._slots.items()):
             busy = slots.busy
             slots.assign()

@@ -76,13 +76,13 @@ class StreamSession:
         self._around = around
         self._context = context
         self._loop = asyncio.get_running_loop()
-        # Of calls that tell none.
-        self.tenant = around.tenants.of_rpc(context)
-        # State: how many calls may be open, by the settings at the last message; calls by id until their last answer is
-        # handed to the wire; the messages to write, the last of which still fills, their bytes, and how many of them
-        # may hold answers that nobody wants any more; calls that were answered and not counted yet; what wakes the
-        # writer; whether client or router wants to end the stream.
+        # State: the settings at the last message, and by them how many calls may be open, and the tenant of calls that
+        # tell none; calls by id until their last answer is handed to the wire; the messages to write, the last of which
+        # still fills, their bytes, and how many of them may hold answers that nobody wants any more; calls that were
+        # answered and not counted yet; what wakes the writer; whether client or router wants to end the stream.
+        self._settings: Settings | None = None
         self._max_open = 0
+        self.tenant = ""
         self._calls: dict[int, _StreamReply] = {}
         self._outbox: deque[_Message] = deque()
         self._unread_bytes = 0
@@ -142,7 +142,8 @@ class StreamSession:
 
     async def _take(self, request: pb.PredictStreamRequest) -> None:
         """First the cancels of calls that were open before this message, so that their ids may come back in it."""
-        self._max_open = self._around.settings.limits.max_open_calls
+        if self._settings is not self._around.settings:
+            self._follow(self._around.settings)
         late_cancels = await self._cancel_all(request.cancels)
         is_first = True
         for some in convert.read_calls(request.calls, TURN, self._around.settings.limits.max_agents):
@@ -157,6 +158,12 @@ class StreamSession:
                 self._begin_all(turn, are_finite=are_finite)
         await self._cancel_all(late_cancels)
         self._something_to_do.set()
+
+    def _follow(self, settings: Settings) -> None:
+        """They may be others than at the last message."""
+        self._settings = settings
+        self._max_open = settings.limits.max_open_calls
+        self.tenant = self._around.tenants.of_rpc(self._context)
 
     async def _cancel_all(self, call_ids: Iterable[int]) -> list[int]:
         """Those that name no call of the stream come back; a message has room for millions of them."""

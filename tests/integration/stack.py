@@ -133,8 +133,8 @@ def floats(data: bytes) -> list[float]:
 class Stream:
     """A PredictStream held by a test."""
 
-    def __init__(self, stub: Stub) -> None:
-        self.call = stub.PredictStream()
+    def __init__(self, stub: Stub, metadata: Sequence[tuple[str, str]] = ()) -> None:
+        self.call = stub.PredictStream(metadata=metadata)
         self._ready: list[pb.Answer] = []
         self.messages: list[pb.PredictStreamResponse] = []
 

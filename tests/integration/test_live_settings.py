@@ -68,6 +68,22 @@ async def test_limits_and_timeouts_hold_for_the_next_call_of_an_open_stream() ->
         assert floats(first.outputs) == truth("churn", [[1.0, 2.0]])
 
 
+async def test_an_open_stream_is_trusted_with_its_tenant_from_then_on() -> None:
+    gate = Gate()
+    async with serving(gate.mock()) as stack:
+        stream = Stream(stack.stub, (("x-tenant", "loud"),))
+        await stream.send(call(1), call(2))
+        await stack.until_gauge("router_open_calls", 2)
+        apply(
+            stack, trust_tenant=True, limits={"max_tenant_rows": 1}, backends={"mock": {"addresses": ["127.0.0.1:1"]}}
+        )
+        await stream.send(call(3), call(4))
+        (answer,) = await stream.answers(1)
+        assert (answer.call_id, answer.error.message) == (4, "1 rows of tenant 'loud' wait already, 1 may")
+        gate.open()
+        assert {answer.call_id for answer in await stream.answers(2)} == {1, 2}
+
+
 async def test_which_requests_are_logged_changes_at_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "router.access")
     async with serving() as stack:

@@ -2,6 +2,7 @@
 time, with fake replicas."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from router.dataplane import DataPlane
 from router.dispatch.pool import ReplicaPool, Rules
 from router.errors import NotFound, ResourceExhausted, RouterError, StreamLost
 from router.metrics import Metrics
+from router.single_flight import SingleFlight
 from tests.builders import make_block, make_key, make_texts
 from tests.unit.router.fakes import FakeBackend, RecordingReply
 
@@ -424,3 +426,22 @@ async def test_answers_are_forgotten_when_they_may_be_kept_for_another_time() ->
         await settle()
         assert sent(router.replica()) == [[5], [5]]
         await answer_all(router.replica())
+
+
+async def test_nothing_is_left_of_sharing_that_has_ended() -> None:
+    """The alarm for the oldest answer once kept all of them for as long as they might have been known."""
+
+    def alive() -> int:
+        return sum(isinstance(thing, SingleFlight) for thing in gc.get_objects())
+
+    gc.collect()
+    before = alive()
+    async with routing(make_settings([{"deterministic": True, "cache_ttl_s": 1e6}])) as router:
+        router.ask(5)
+        await settle()
+        await answer_all(router.replica())
+        router.replica().sent.clear()
+        assert alive() == before + 1
+        router.apply(make_settings([{}]))
+        await settle()
+        assert alive() == before

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from router.core.policy import Hold, Policy, View, Window, WorkConserving, choose_policy
+from router.core.policy import Hold, Policy, View, Window, WorkConserving, change_policy, choose_policy
 from router.core.service_time import MIN_CALLS
 
 
@@ -227,3 +227,18 @@ def test_a_hold_ends_when_the_most_urgent_row_needs_its_time(make: Callable[[], 
     assert hold.until == pytest.approx(100.004)
     assert policy.hold(view(deadline=101.004, oldest_at=100.0), hold.until) is None
     assert policy.hold(view(deadline=100.9, oldest_at=100.0), 100.0) is None
+
+
+@pytest.mark.parametrize(
+    ("slots", "other_slots", "is_kept"), [(4, 2, True), (0, 0, True), (4, 0, False), (0, 4, False)]
+)
+def test_a_policy_that_changes_knows_what_was_known(slots: int, other_slots: int, *, is_kept: bool) -> None:
+    policy = choose_policy(slots, 0.5)
+    for _ in range(MIN_CALLS):
+        policy.completed("fake:1", 1, 1.0, 0.0)
+    changed = change_policy(policy, other_slots, 0.1)
+    assert (changed is policy) is is_kept
+    assert type(changed) is type(choose_policy(other_slots, 0.1))
+    assert changed.service_times is policy.service_times
+    if not other_slots:
+        assert changed.hold(view(oldest_at=0.0), 0.05) == Hold(0.1)
