@@ -164,6 +164,7 @@ class Batcher:
     def recount(self) -> None:
         """Tell the budget what waits of each tenant, after its bounds have changed."""
         self._queue.recount()
+        self._recovery.recount()
 
     def keep(self, block: Block, runs: Sequence[tuple[int, int]]) -> None:
         """Forget what waits of a block but these runs of rows; of none: all of it, wherever it is."""

@@ -74,6 +74,10 @@ class Recovery:
             for piece in self._isolation.discard(block):
                 self._slots.leave(piece)
 
+    def recount(self) -> None:
+        """Tell the budget what waits of each tenant in pieces, after its bounds have changed."""
+        self._isolation.recount()
+
     def expire(self, now: float) -> None:
         """End the calls whose deadline has come while their rows wait in pieces, and quarantines whose time is over."""
         for block in self._isolation.expired(now):

@@ -162,6 +162,12 @@ class Isolation:
         self.wake_at = min((block.deadline for block in self._waiting if block.deadline > now), default=math.inf)
         return [block for block in self._waiting if block.deadline <= now]
 
+    def recount(self) -> None:
+        """Tell the budget what waits of each tenant, after its bounds have changed."""
+        for block, held in self._waiting.items():
+            for part in [part for piece in held for part in piece.parts if part.block is block]:
+                self._budget.count_tenant(block.tenant, part.rows, part.nbytes)
+
     def _enter(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
             self._count(piece.parts, 1)

@@ -42,7 +42,8 @@ class Race:
         """Send the batch; if nothing has come back after `stalled_s`, send it twice. Raises BackendError."""
         self._set_alarm(stalled_s, stalled_s)
         try:
-            return await self._first(slot)
+            answer = await self._first(slot)
+            return await self._better(answer, self._second) if answer.fault and self._second else answer
         except TimeoutError:
             assert self._second, "the first copy was ended without a second one: this is a bug"
             return self._second.result()
@@ -60,6 +61,13 @@ class Race:
                 return await self._send(slot)
         finally:
             self._is_first_out = False
+
+    async def _better(self, answer: BatchAnswer, second: asyncio.Task[BatchAnswer]) -> BatchAnswer:
+        """The first copy's answer cannot be believed: the second's counts, unless it fails."""
+        try:
+            return await second
+        except BackendError:
+            return answer
 
     async def _outlive(self, second: asyncio.Task[BatchAnswer], error: BackendError) -> BatchAnswer:
         """The first copy has failed: what becomes of the second decides."""
@@ -92,6 +100,6 @@ class Race:
         self._second.add_done_callback(self._second_ended)
 
     def _second_ended(self, second: asyncio.Task[BatchAnswer]) -> None:
-        has_won = not second.cancelled() and second.exception() is None
+        has_won = not second.cancelled() and second.exception() is None and not second.result().fault
         if has_won and self._is_first_out and not self._bound.expired():
             self._bound.reschedule(self._loop.time())

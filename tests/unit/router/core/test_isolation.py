@@ -14,7 +14,7 @@ from router.core.isolation import Group, Isolation, Piece, Ruling
 from router.core.piece_lane import PieceLane
 from router.core.retry import Chances, Failure, Verdict, judge
 from router.core.types import Block, Part
-from router.errors import BackendError, Blame, InvalidArgument, Refused, StreamLost
+from router.errors import BackendError, Blame, InvalidArgument, Refused, ResourceExhausted, StreamLost
 from tests.builders import Listener, make_block, make_texts, values_of
 
 REFUSED = Refused("bad row")
@@ -201,6 +201,19 @@ def test_a_block_that_is_discarded_leaves_its_pieces_and_the_books_at_once() -> 
     assert values_of(isolation.take(left)) == [0]
     assert isolation.discard(first) == []
     assert (isolation.rows, budget.rows) == (0, 0)
+
+
+def test_pieces_are_counted_anew_when_tenants_get_bounds() -> None:
+    isolation = Isolation(budget := Budget(1 << 40))
+    block = make_block(0, 1, 2, 3)
+    split_of(isolation, block)
+    budget.set_bounds(1 << 40, max_rows=None, max_tenant_rows=4, max_tenant_bytes=None)
+    isolation.recount()
+    refusal = budget.refusal(block.tenant, 1, 4)
+    assert isinstance(refusal, ResourceExhausted)
+    assert refusal.reason == "tenant_rows"
+    isolation.discard(block)
+    assert budget.refusal(block.tenant, 4, 16) is None
 
 
 def test_nothing_is_concluded_from_a_good_piece_when_rows_have_left() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from router.core.hedge import Hedging
 from router.core.isolation import Piece
 from router.core.service_time import ServiceTimes
-from router.core.types import Batch, BatchAnswer
+from router.core.types import ANY_ANSWER, Batch, BatchAnswer, Contract
 from router.dispatch.pool import ReplicaPool
 from router.dispatch.slots import ModelSlots, Slot
 from router.errors import BackendError
@@ -17,13 +17,22 @@ from tests.unit.router.fakes import FakeBackend
 class Key:
     """A slots.Taker that sends batches of `rows` rows, as many as it is asked to. `budget`: retries it may spend."""
 
-    def __init__(self, pool: ReplicaPool, *, rows: int = 8, budget: int = 1000, is_allowed: bool = True) -> None:
+    def __init__(
+        self,
+        pool: ReplicaPool,
+        *,
+        rows: int = 8,
+        budget: int = 1000,
+        is_allowed: bool = True,
+        contract: Contract = ANY_ANSWER,
+    ) -> None:
         self.times = ServiceTimes()
         self.hedging = Hedging(self.times, self._may_spend, is_allowed=is_allowed)
         self.budget = budget
         self.ends: list[BatchAnswer | BackendError] = []
         self._pool = pool
         self._rows = rows
+        self._contract = contract
         self._left = 0
         self._numbers = iter(range(1_000_000))
         self._slots: ModelSlots = pool.slots(("m", ""))
@@ -74,7 +83,7 @@ class Key:
         self._left -= 1
         rows = self._rows if max_rows is None else min(max_rows, self._rows)
         part = make_block(*range(rows)).whole()
-        return Batch(f"b-{next(self._numbers)}", part.block.key, (part,), rows, now)
+        return Batch(f"b-{next(self._numbers)}", part.block.key, (part,), rows, now, self._contract)
 
     def dispatch(self, batch: Batch, slot: Slot) -> None:
         task = asyncio.get_running_loop().create_task(self._infer(batch, slot))

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from router.core.pulse import Sign
-from router.core.types import BatchAnswer
+from router.core.types import ANY_ANSWER, BatchAnswer, Contract, Tensor
 from router.dispatch.pool import ReplicaPool
 from router.errors import Refused, StreamLost
 from tests.unit.router.dispatch.client import Key, sent
@@ -19,13 +19,19 @@ pytestmark = pytest.mark.anyio
 
 @asynccontextmanager
 async def stalling(
-    *, number: int = 2, max_in_flight: int = 1, budget: int = 1000, is_allowed: bool = True, known: bool = True
+    *,
+    number: int = 2,
+    max_in_flight: int = 1,
+    budget: int = 1000,
+    is_allowed: bool = True,
+    known: bool = True,
+    contract: Contract = ANY_ANSWER,
 ) -> AsyncIterator[tuple[ReplicaPool, Key, list[FakeBackend]]]:
     """A pool of replicas that hang, a key that may hedge once, and its first batch at the first replica."""
     replicas = [FakeBackend(f"r:{index}") for index in range(1, number + 1)]
     pool = pool_of(*replicas, max_in_flight=max_in_flight)
     pool.start()
-    key = Key(pool, budget=budget, is_allowed=is_allowed)
+    key = Key(pool, budget=budget, is_allowed=is_allowed, contract=contract)
     if known:
         key.learn([replica.address for replica in replicas], 1.0)
     key.save_for_hedges()
@@ -196,3 +202,29 @@ async def test_cancelling_ends_both_copies() -> None:
         assert one.sent[0].future.cancelled()
         assert two.sent[0].future.cancelled()
         assert pool.slots(("m", "")).busy == 0
+
+
+NAN = (Tensor("output", "FP32", (8,), b"\0\0\xc0\x7f" * 8),)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_a_copy_whose_answer_cannot_be_believed_does_not_win(first: int) -> None:
+    async with stalling(contract=Contract(None, allow_nan=False)) as (_, key, replicas):
+        await asyncio.sleep(2.5)
+        replicas[first].sent[0].answer(NAN)
+        await asyncio.sleep(0.1)
+        assert key.ends == []
+        replicas[1 - first].sent[0].answer()
+        await key.wait()
+        assert winners(key) == [replicas[1 - first].address]
+
+
+async def test_an_answer_that_cannot_be_believed_is_better_than_none() -> None:
+    for first in (0, 1):
+        async with stalling(contract=Contract(None, allow_nan=False)) as (_, key, replicas):
+            await asyncio.sleep(2.5)
+            replicas[first].sent[0].answer(NAN)
+            await asyncio.sleep(0.1)
+            replicas[1 - first].sent[0].fail(StreamLost("gone"))
+            await key.wait()
+            assert winners(key) == [replicas[first].address]
