@@ -110,6 +110,8 @@ class _Key:
     policy: Policy
     admission: Admission
     blocks_in_flight: int = 0
+    new_blocks: int = 0
+    new_rows: int = 0
     hold: Hold | None = None
     alarm_at: float = math.inf
 
@@ -228,7 +230,8 @@ class Simulation:
             self.outcome.refused_rows += is_counted * arrival.rows
             self._return_caller(block, now)
         else:
-            key.policy.arrived(1, arrival.rows, now)
+            key.new_blocks += 1
+            key.new_rows += arrival.rows
             touched[key] = None
 
     def _new_key(self, name: str) -> _Key:
@@ -259,12 +262,18 @@ class Simulation:
 
     def _pump(self, key: _Key, now: float) -> None:
         key.hold = None
+        self._count_arrivals(key, now)
         self._expire(key, now)
         if key.queue.rows:
             self._held.pop(key, None)
             self._resting.pop(key, None)
             self._waiting[key] = None
         self._set_alarm(key)
+
+    def _count_arrivals(self, key: _Key, now: float) -> None:
+        if key.new_blocks:
+            key.policy.arrived(key.new_blocks, key.new_rows, now)
+            key.new_blocks = key.new_rows = 0
 
     def _expire(self, key: _Key, now: float) -> None:
         for block in key.queue.pop_expired(now):
