@@ -150,7 +150,7 @@ class WorkConserving:
         if line.mean_s < FAST_S:
             return None
         service_s = line.predict(view.rows)
-        until = self._wave_until(view, service_s, now)
+        until = self._wave_until(view, line.beta, now)
         if until > now:
             return Hold(until)
         until = max(self._coalesce_until(view, service_s), self._gap_until(view, service_s, now))
@@ -165,10 +165,10 @@ class WorkConserving:
         hold_s = min(self._max_queue_delay_s, COALESCE_SHARE * service_s)
         return view.oldest_at + hold_s if hold_s >= MIN_HOLD_S and not view.slots.busy else NEVER
 
-    def _wave_until(self, view: View, service_s: float, now: float) -> float:
+    def _wave_until(self, view: View, beta_s: float, now: float) -> float:
         if not self._wave or not self.service_times.is_settled or self._wave.lasts_s < MIN_HOLD_S:
             return NEVER
-        return self._wave.hold_until(view.rows, service_s, now)
+        return self._wave.hold_until(view.rows, view.oldest_at, beta_s, now)
 
     def _gap_until(self, view: View, service_s: float, now: float) -> float:
         slots, line = view.slots, self.service_times.overall
