@@ -14,7 +14,8 @@ applies; a hold always has an end, and a full batch is never held. Four holds; r
 
 The last two wait for as long as the service time makes worth while, up to 0.35 S, or S between two slots; so they begin
 only when `service_time.MIN_CALLS` calls of the key were measured. A hold below 1 ms is not worth a timer, and calls
-below `service_time.FAST_S` are worth gathering only. Zero for `max_queue_delay_s` turns all four off.
+below `service_time.FAST_S` are worth gathering only. But for the 2 ms of gathering, no hold lasts longer than the first
+deadline allows: that, less S_p90, is when rows go at the latest. Zero for `max_queue_delay_s` turns all four off.
 
 Backends without a limit of slots have no "busy" to gather behind; for them stands the plain `Window`.
 
@@ -116,7 +117,7 @@ class WorkConserving:
         # State: how many blocks and rows come; who comes back; the span of the rates.
         self._blocks = Rate()
         self._rows = Rate()
-        self._wave = ReturnWave() if return_wave else None
+        self._wave = ReturnWave() if return_wave and max_queue_delay_s else None
         self._span_s = RATE_MIN_SPAN_S
 
     def arrived(self, blocks: int, rows: int, now: float) -> None:
@@ -149,12 +150,24 @@ class WorkConserving:
         line = self.service_times.overall
         if line.mean_s < FAST_S:
             return None
-        service_s = line.predict(view.rows)
+        latest = self._latest(view, now)
+        if latest <= now:
+            return None
         until = self._wave_until(view, line.beta, now)
         if until > now:
-            return Hold(until)
-        until = max(self._coalesce_until(view, service_s), self._gap_until(view, service_s, now))
-        return Hold(until, lapses_with_slots=True) if until > now else None
+            return Hold(min(until, latest))
+        service_s = line.predict(view.rows)
+        until = max(self._coalesce_until(view, service_s), self._gap_until(view, service_s, latest - now, now))
+        return Hold(min(until, latest), lapses_with_slots=True) if until > now else None
+
+    def _latest(self, view: View, now: float) -> float:
+        """When the first deadline wants rows to go; never, when it will hardly be met whatever is done.
+
+        A row that a call has left behind is often lost: were it to break the hold, its callers would never meet.
+        """
+        line = self.service_times.overall
+        is_lost = view.deadline < now + line.predict(view.rows) - MIN_HOLD_S
+        return math.inf if is_lost else view.deadline - line.predict_p90(view.rows)
 
     def _gather_for(self, view: View, now: float) -> float:
         has_company = view.blocks > 1 or view.blocks_in_flight > 0
@@ -170,14 +183,14 @@ class WorkConserving:
             return NEVER
         return self._wave.hold_until(view.rows, view.oldest_at, beta_s, now)
 
-    def _gap_until(self, view: View, service_s: float, now: float) -> float:
+    def _gap_until(self, view: View, service_s: float, slack_s: float, now: float) -> float:
         slots, line = view.slots, self.service_times.overall
         if not self._has_even_gap or not self.service_times.is_settled or not slots.busy or slots.others_wait:
             return NEVER
         hold_s = Gap(
             rows=view.rows,
             age_s=now - view.oldest_at,
-            slack_s=view.deadline - now - line.predict_p90(view.rows),
+            slack_s=slack_s,
             rate=self._rows.at(now, self._span_s),
             free=max(slots.count_free(now), 1),
             returns_s=[at - now for at in slots.expected_back()],
