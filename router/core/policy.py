@@ -193,7 +193,8 @@ class WorkConserving:
             slack_s=slack_s,
             rate=self._rows.at(now, self._span_s),
             free=max(slots.count_free(now), 1),
-            returns_s=[at - now for at in slots.expected_back()],
+            returns_at=slots.expected_back(),
+            now=now,
             service_s=service_s,
             alpha=line.alpha,
         ).hold_s()
