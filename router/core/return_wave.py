@@ -13,12 +13,12 @@ traffic that comes and goes. The running sum of the rest up to `REACH`, E(lag), 
 * delta, how long the wave lasts: where E reaches 90 % of its maximum,
 * k, the wave: E(delta) rows per completion.
 
-After a completion rows are held until delta has passed or the batch is full, while k >= 1, while k stands out from what
-chance makes of memoryless arrivals, and while k * (beta - delta) > n * delta: what the k rows save outweighs what the n
-rows at hand lose. Not S: a model whose rows cost nearly all of its time gains nothing by larger batches. The hold does
-not end early when k rows have come: k learned from half batches would confirm itself.
+After a completion rows are held until delta has passed or the batch is full, while k stands out from what chance makes
+of memoryless arrivals, and while k * (beta - delta) > n * delta: what the k rows save outweighs what the n rows at hand
+lose. Not S: a model whose rows cost nearly all of its time gains nothing by larger batches. The hold does not end early
+when k rows have come: k learned from half batches would confirm itself.
 
-A single caller with many rows at once comes back as well, and to hold his rows gains nothing: nobody else is to come.
+A single caller comes back as well, perhaps with many rows, and holding them gains nothing: no one else will come.
 With x, the rows that come together, he shows as k <= x. Then rows that came since the completion are taken for his, and
 go; rows that were left behind are held, since they can meet him (two callers, each on his own for ever). And with
 k < x / 2 he does not come back after every completion: those are the pieces of requests larger than a batch.
@@ -35,7 +35,6 @@ BINS_PER_SERVICE = WAVE_BINS / REACH
 WAVE_SHARE = 0.9
 # Weight of the newest completion: half of what is known comes from the last 14.
 WEIGHT = 0.05
-MIN_ROWS = 1.0
 # In rows that come together.
 MIN_CALLERS = 0.5
 # So many of a single caller's rows are taken for all that he sends this time.
@@ -116,7 +115,7 @@ class ReturnWave:
             excess += rows / self._increments - by_chance
             sums.append(excess)
             most = max(most, excess)
-        if most < MIN_ROWS:
+        if most <= 0.0:
             return
         last = next(number for number, value in enumerate(sums) if value >= WAVE_SHARE * most)
         together = self._arrived_squares / self._arrived
@@ -124,7 +123,7 @@ class ReturnWave:
         # come together (10 for bursts of 10), and that of the mean is that times the sum of the squared weights.
         variance = by_chance * (last + 1) * together
         noise = math.sqrt(variance * self._squares) / self._increments
-        if sums[last] >= max(MIN_ROWS, MIN_CALLERS * together, SIGNIFICANCE * noise):
+        if sums[last] >= max(MIN_CALLERS * together, SIGNIFICANCE * noise):
             self.rows, self.lasts_s = sums[last], (last + 1) * service_s / BINS_PER_SERVICE
             self._is_one_caller = self.rows <= together
 

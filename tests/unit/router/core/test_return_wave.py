@@ -101,10 +101,12 @@ def test_the_rows_of_a_single_caller_do_not_wait_for_him() -> None:
     assert wave.hold_until(1, 0.1, SERVICE_S, 0.1) > 0.2  # somebody else's row
 
 
-def test_rows_that_were_left_behind_wait_for_a_single_caller() -> None:
-    """Two callers, each on his own: what one has left behind meets the other."""
-    wave = one_caller(rows=16)
-    assert wave.hold_until(16, -0.5, SERVICE_S, 0.0) > 0.2
+@pytest.mark.parametrize("rows", [1, 16])
+def test_rows_that_were_left_behind_wait_for_a_single_caller(rows: int) -> None:
+    """Two callers, each on his own: what one has left behind meets the other. With a row each they never did: a bug."""
+    wave = one_caller(rows)
+    assert wave.hold_until(rows, -0.5, SERVICE_S, 0.0) > 0.2
+    assert wave.hold_until(rows, 0.0, SERVICE_S, 0.0) == 0.0
 
 
 def test_the_rows_of_two_callers_wait_for_each_other() -> None:
