@@ -230,7 +230,7 @@ class Batcher:
         """
         for block in self._queue.pop_expired(now + CLOCK_SLACK_S):
             block.recipient.expire()
-        least_s = self._policy.service_times.least_s
+        least_s = self._admission.give_up_s
         if least_s:
             self._give_up(self._queue.pop_infeasible(now + CLOCK_SLACK_S, least_s), "at least", least_s, now)
         self._recovery.expire(now + CLOCK_SLACK_S)
@@ -254,7 +254,7 @@ class Batcher:
 
     def _set_alarm(self) -> None:
         """Ring when a row becomes infeasible, a hold or a quarantine ends; an alarm that is early enough stays."""
-        infeasible_at = self._queue.wake_at - self._policy.service_times.least_s
+        infeasible_at = self._queue.wake_at - self._admission.give_up_s
         hold_until = self._hold.until if self._hold else math.inf
         at = min(infeasible_at, self._recovery.wake_at, hold_until)
         if at < self._timer_at:

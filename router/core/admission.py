@@ -16,7 +16,9 @@ after 3 s. (The mean drain rate, R B / S(B), would say 2.5 s at S = 5 s; slots t
 up to S, and a twentieth of all rows would be taken in vain.) Then its own call takes up to S_p90. So with the time
 that is left until its deadline:
 
-* less than S_min, the shortest call of late: nobody can do it; DEADLINE_EXCEEDED at once.
+* less than S_min, the shortest call of late: nobody can do it; DEADLINE_EXCEEDED at once. But if all that is asked of a
+  model is refused so, its time is never measured again, and after a slow hour it would be refused for ever. So of
+  `REFUSED_PER_TRIAL` such rows, without an answer of the model in between, the last is tried.
 * nothing ahead: taken. To serve it costs nobody a seat.
 * wait + S_p90 is more: RESOURCE_EXHAUSTED, with the time after which so much of the queue will be gone that the same
   row would be taken. Nobody who comes meanwhile is foreseen, so it is the earliest time, not a promise.
@@ -33,6 +35,7 @@ from router.errors import DeadlineExceeded, ResourceExhausted
 
 # What a refused caller is told to wait while nothing was measured.
 DEFAULT_RETRY_AFTER_S = 1.0
+REFUSED_PER_TRIAL = 20
 # Sooner is not worth saying, and nobody knows what will be later.
 MIN_RETRY_AFTER_S = 0.01
 MAX_RETRY_AFTER_S = 60.0
@@ -44,14 +47,18 @@ class Admission:
     batch_rows: of a full batch.
     """
 
-    __slots__ = ("_batch_rows", "_row_s", "_service_s", "least_s", "p90_s")
+    __slots__ = ("_batch_rows", "_least_s", "_refused", "_row_s", "_service_s", "give_up_s", "p90_s")
 
     def __init__(self, batch_rows: int) -> None:
         self._batch_rows = batch_rows
         # State: S of a full batch; seconds that a row ahead costs on the average (0: unknown); S_min, before which no
-        # answer is there, and S_p90 of a full batch, when most are (0 while too little was measured).
+        # answer is there, and S_p90 of a full batch, when most are (0 while too little was measured); rows that had
+        # less than S_min since the last call; how long before its deadline a row that waits should be given up: S_min,
+        # but nothing while a trial is on its way.
         self._service_s = self._row_s = 0.0
-        self.least_s = self.p90_s = 0.0
+        self._least_s = self.p90_s = 0.0
+        self._refused = 0
+        self.give_up_s = 0.0
 
     def __repr__(self) -> str:
         return f"<Admission {self._row_s:.4g} s per row ahead, then {self.p90_s:.4g} s>"
@@ -59,10 +66,11 @@ class Admission:
     def update(self, times: ServiceTimes, slots: int, keys: int) -> None:
         """The model has `slots` on replicas that are there (0: none, or no limit), for which `keys` wait."""
         line, rows = times.overall, self._batch_rows
+        self._refused = 0
         self._service_s = line.predict(rows)
         self._row_s = max(keys, 1) * self._service_s / (slots * rows) if slots else 0.0
         self.p90_s = times.likely_s(rows)
-        self.least_s = times.least_s
+        self._least_s = self.give_up_s = times.least_s
 
     def is_sure(self, rows: int, left_s: float) -> bool:
         """Whether they would be in time as the last of all `rows`, however slots come back. Costs 0.1 us."""
@@ -78,9 +86,8 @@ class Admission:
             DeadlineExceeded: no call of late was as short as that.
             ResourceExhausted: by now too many wait.
         """
-        if left_s < self.least_s:
-            left = f"{max(left_s, 0.0):.3g} s are left to the deadline"
-            raise DeadlineExceeded(f"{left}, and a call takes at least {self.least_s:.3g} s")
+        if left_s < self._least_s:
+            self._refuse_hopeless(left_s)
         if not rows_ahead or not self.p90_s or not returns_s:
             return
         wait_s = self._wait_s(rows_ahead, returns_s, keys)
@@ -88,6 +95,14 @@ class Admission:
         if late_s > 0:
             message = f"{rows_ahead} rows wait ahead: about {wait_s + self.p90_s:.3g} s, {left_s:.3g} s are left"
             raise ResourceExhausted(message, reason="estimated_wait", retry_after_s=_clamp(min(late_s, wait_s)))
+
+    def _refuse_hopeless(self, left_s: float) -> None:
+        """But for a trial now and then."""
+        self._refused += 1
+        if self._refused % REFUSED_PER_TRIAL or left_s <= 0:
+            left = f"{max(left_s, 0.0):.3g} s are left to the deadline"
+            raise DeadlineExceeded(f"{left}, and a call takes at least {self._least_s:.3g} s")
+        self.give_up_s = 0.0
 
     def _wait_s(self, rows_ahead: int, returns_s: Sequence[float], keys: int) -> float:
         rounds, slot = divmod(rows_ahead // self._batch_rows * max(keys, 1), len(returns_s))

@@ -14,8 +14,8 @@ applies; a hold always has an end, and a full batch is never held. Four holds; r
 
 The last two wait for as long as the service time makes worth while, up to 0.35 S, or S between two slots; so they begin
 only when `service_time.MIN_CALLS` calls of the key were measured. A hold below 1 ms is not worth a timer, and calls
-below `service_time.FAST_S` are worth gathering only. Zero for `max_queue_delay_s` turns all four off. Every hold ends
-when the most urgent row needs its time: S_p90 before its deadline.
+below `service_time.FAST_S` are worth gathering only. But for the 2 ms of gathering, no hold lasts longer than the first
+deadline allows: that, less S_p90, is when rows go at the latest. Zero for `max_queue_delay_s` turns all four off.
 
 Backends without a limit of slots have no "busy" to gather behind; for them stands the plain `Window`.
 
@@ -114,18 +114,23 @@ class WorkConserving:
 
     def __init__(self, max_queue_delay_s: float, *, even_gap: bool = True, return_wave: bool = True) -> None:
         self.service_times = ServiceTimes()
-        self.set_max_queue_delay(max_queue_delay_s)
         self._has_even_gap = even_gap
+        self._has_return_wave = return_wave
         # State: how many blocks and rows come; who comes back; the span of the rates.
         self._blocks = Rate()
         self._rows = Rate()
-        self._wave = ReturnWave() if return_wave else None
+        self._wave: ReturnWave | None = None
         self._span_s = RATE_MIN_SPAN_S
+        self.set_max_queue_delay(max_queue_delay_s)
 
     def set_max_queue_delay(self, max_queue_delay_s: float) -> None:
         """See Policy."""
         self._max_queue_delay_s = max_queue_delay_s
         self._gather_s = min(max_queue_delay_s, GATHER_MAX_S)
+        if not max_queue_delay_s:
+            self._wave = None
+        elif self._has_return_wave and self._wave is None:
+            self._wave = ReturnWave()
 
     def arrived(self, blocks: int, rows: int, now: float) -> None:
         """See Policy."""
@@ -145,8 +150,6 @@ class WorkConserving:
     def hold(self, view: View, now: float) -> Hold | None:
         """See Policy."""
         hold = None if view.is_full or not self._max_queue_delay_s else self._first_hold(view, now)
-        if hold is not None:
-            hold = _in_time(hold, view, self.service_times, now)
         if hold is None and self._wave:
             self._wave.released()
         return hold
@@ -159,12 +162,24 @@ class WorkConserving:
         line = self.service_times.overall
         if line.mean_s < FAST_S:
             return None
-        service_s = line.predict(view.rows)
-        until = self._wave_until(view, service_s, now)
+        latest = self._latest(view, now)
+        if latest <= now:
+            return None
+        until = self._wave_until(view, line.beta, now)
         if until > now:
-            return Hold(until)
-        until = max(self._coalesce_until(view, service_s), self._gap_until(view, service_s, now))
-        return Hold(until, lapses_with_slots=True) if until > now else None
+            return Hold(min(until, latest))
+        service_s = line.predict(view.rows)
+        until = max(self._coalesce_until(view, service_s), self._gap_until(view, service_s, latest - now, now))
+        return Hold(min(until, latest), lapses_with_slots=True) if until > now else None
+
+    def _latest(self, view: View, now: float) -> float:
+        """When the first deadline wants rows to go; never, when it will hardly be met whatever is done.
+
+        A row that a call has left behind is often lost: were it to break the hold, its callers would never meet.
+        """
+        line = self.service_times.overall
+        is_lost = view.deadline < now + line.predict(view.rows) - MIN_HOLD_S
+        return math.inf if is_lost else view.deadline - line.predict_p90(view.rows)
 
     def _gather_for(self, view: View, now: float) -> float:
         has_company = view.blocks > 1 or view.blocks_in_flight > 0
@@ -175,22 +190,23 @@ class WorkConserving:
         hold_s = min(self._max_queue_delay_s, COALESCE_SHARE * service_s)
         return view.oldest_at + hold_s if hold_s >= MIN_HOLD_S and not view.slots.busy else NEVER
 
-    def _wave_until(self, view: View, service_s: float, now: float) -> float:
+    def _wave_until(self, view: View, beta_s: float, now: float) -> float:
         if not self._wave or not self.service_times.is_settled or self._wave.lasts_s < MIN_HOLD_S:
             return NEVER
-        return self._wave.hold_until(view.rows, service_s, now)
+        return self._wave.hold_until(view.rows, view.oldest_at, beta_s, now)
 
-    def _gap_until(self, view: View, service_s: float, now: float) -> float:
+    def _gap_until(self, view: View, service_s: float, slack_s: float, now: float) -> float:
         slots, line = view.slots, self.service_times.overall
         if not self._has_even_gap or not self.service_times.is_settled or not slots.busy or slots.others_wait:
             return NEVER
         hold_s = Gap(
             rows=view.rows,
             age_s=now - view.oldest_at,
-            slack_s=view.deadline - now - line.predict_p90(view.rows),
+            slack_s=slack_s,
             rate=self._rows.at(now, self._span_s),
             free=max(slots.count_free(now), 1),
-            returns_s=[at - now for at in slots.expected_back()],
+            returns_at=slots.expected_back(),
+            now=now,
             service_s=service_s,
             alpha=line.alpha,
         ).hold_s()

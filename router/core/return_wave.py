@@ -13,9 +13,15 @@ traffic that comes and goes. The running sum of the rest up to `REACH`, E(lag), 
 * delta, how long the wave lasts: where E reaches 90 % of its maximum,
 * k, the wave: E(delta) rows per completion.
 
-After a completion rows are held until delta has passed or the batch is full, while k >= 1, while k stands out from what
-chance makes of memoryless arrivals, and while k * S > n * delta: what k rows save, a call of their own, outweighs what
-the n rows at hand lose. It does not end early when k rows have come: k learned from half batches would confirm itself.
+After a completion rows are held until delta has passed or the batch is full, while k stands out from what chance makes
+of memoryless arrivals, and while k * (beta - delta) > n * delta: what the k rows save outweighs what the n rows at hand
+lose. Not S: a model whose rows cost nearly all of its time gains nothing by larger batches. The hold does not end early
+when k rows have come: k learned from half batches would confirm itself.
+
+A single caller comes back as well, perhaps with many rows, and holding them gains nothing: no one else will come.
+With x, the rows that come together, he shows as k <= x. Then rows that came since the completion are taken for his, and
+go; rows that were left behind are held, since they can meet him (two callers, each on his own for ever). And with
+k < x / 2 he does not come back after every completion: those are the pieces of requests larger than a batch.
 
 Completions that come while a hold lasts do not prolong it, so none is longer than delta <= 0.35 S.
 """
@@ -29,7 +35,10 @@ BINS_PER_SERVICE = WAVE_BINS / REACH
 WAVE_SHARE = 0.9
 # Weight of the newest completion: half of what is known comes from the last 14.
 WEIGHT = 0.05
-MIN_ROWS = 1.0
+# In rows that come together.
+MIN_CALLERS = 0.5
+# So many of a single caller's rows are taken for all that he sends this time.
+ONE_CALLER_SHARE = 0.5
 # E of memoryless arrivals (or bursts) strays; only beyond so many standard deviations it is taken for a wave.
 SIGNIFICANCE = 4.0
 # Increments grow by 1 / (1 - WEIGHT) with each completion, instead of shrinking every bin; this keeps them in range.
@@ -42,7 +51,8 @@ class ReturnWave:
     def __init__(self) -> None:
         # State: rows by lag, each weighted with the increment of its completion; the sum of the increments and of their
         # squares; the sums of the rows that come together, and of their squares; the latest completion and the service
-        # time then; the wave as of then; when the hold that it allows ends; since when rows are held.
+        # time then; the wave as of then, and whether that is one caller; when the hold that it allows ends; since when
+        # rows are held.
         self._bins = [0.0] * BINS
         self._increment = 1.0
         self._increments = self._squares = 0.0
@@ -51,6 +61,7 @@ class ReturnWave:
         self._per_second = 0.0
         self.rows = 0.0
         self.lasts_s = 0.0
+        self._is_one_caller = False
         self._ends_at = -math.inf
         self._held_since: float | None = None
 
@@ -79,9 +90,11 @@ class ReturnWave:
         if now >= self._ends_at:
             self._ends_at = now + self.lasts_s
 
-    def hold_until(self, rows: int, service_s: float, now: float) -> float:
-        """Until when `rows` waiting ones, whose call takes `service_s`, should wait; a time that has passed: go."""
-        if now >= self._ends_at or not self.rows * service_s > rows * self.lasts_s:
+    def hold_until(self, rows: int, oldest_at: float, beta_s: float, now: float) -> float:
+        """Until when `rows` waiting ones should wait, where a call saves `beta_s`; a time that has passed: go."""
+        if now >= self._ends_at or not self.rows * (beta_s - self.lasts_s) > rows * self.lasts_s:
+            return now
+        if self._is_one_caller and oldest_at >= self._completed_at and rows >= ONE_CALLER_SHARE * self.rows:
             return now
         if self._held_since is None:
             self._held_since = now
@@ -102,15 +115,17 @@ class ReturnWave:
             excess += rows / self._increments - by_chance
             sums.append(excess)
             most = max(most, excess)
-        if most < MIN_ROWS:
+        if most <= 0.0:
             return
         last = next(number for number, value in enumerate(sums) if value >= WAVE_SHARE * most)
+        together = self._arrived_squares / self._arrived
         # A weighted mean of compound Poisson numbers: the variance of one is its mean times E[X^2] / E[X], where X rows
         # come together (10 for bursts of 10), and that of the mean is that times the sum of the squared weights.
-        variance = by_chance * (last + 1) * self._arrived_squares / self._arrived
+        variance = by_chance * (last + 1) * together
         noise = math.sqrt(variance * self._squares) / self._increments
-        if sums[last] >= max(MIN_ROWS, SIGNIFICANCE * noise):
+        if sums[last] >= max(MIN_CALLERS * together, SIGNIFICANCE * noise):
             self.rows, self.lasts_s = sums[last], (last + 1) * service_s / BINS_PER_SERVICE
+            self._is_one_caller = self.rows <= together
 
     def _rescale(self) -> None:
         self._bins = [rows / self._increment for rows in self._bins]

@@ -2,11 +2,16 @@
 
 Theory of operation. A line keeps the weighted means, variances and covariance of batch sizes and times. The newest call
 weighs 1/n at first and `FORGETTING` for ever after, so the fit is an ordinary regression over the first 50 calls and
-follows a model that changes from then on. Three guards, since predictions decide about real waiting:
+follows a model that changes from then on. Four guards, since predictions decide about real waiting:
 
-* Outliers. A time beyond Tukey's outer fences (three interquartile ranges of the newest residuals outside the
-  quartiles) enters the fit as if it lay on the fence: one stall of a minute moves a 5 s line by some 15 ms. A lasting
-  change moves the quartiles themselves within a quarter of the residuals, and then nothing is cut any more.
+* Outliers. A time beyond the fences enters the fit as if it lay on the fence: one stall of a minute moves a 5 s line by
+  some 15 ms. The fences stand 1.5 spreads, from the 10th to the 90th percentile of the newest residuals, outside these:
+  five standard deviations, as far as Tukey's outer ones. But times that one call in ten has are no outliers, and a
+  change that lasts for a tenth of the residuals is followed.
+* Changes. `RUN` calls in a row that are all slower, or all faster, than nine in ten were, by a third of the prediction
+  or more, are another model: the line begins anew with these. Else rows would be refused for 150 calls more when a
+  model takes a tenth of its time from now on; and after a change upwards old residuals above a new line would make
+  S_p90 twice as large as it is.
 * The slope. With every batch about as large as the other, noise looks like a slope, and 0.1 s per row at 8 rows would
   be 6 s at 64. So the slope is shrunk by what chance explains (Breiman's non-negative garrote): a slope of t standard
   errors keeps 1 - (3 / t)^2 of itself, and below three nothing: 0 at t <= 3, 0.44 at 4, 0.91 at 10.
@@ -36,9 +41,11 @@ FAST_CALLS_PER_COUNTED = 13
 # The newest call's least weight: as much memory as 99 calls of equal weight, (2 - w) / w.
 FORGETTING = 0.02
 RESIDUALS = 100
-# Quartiles of fewer residuals than this cut nothing.
+# Of fewer residuals than this the percentiles cut nothing and tell no change.
 MIN_FENCED = 8
-FENCE_SPREADS = 3.0
+FENCE_SPREADS = 1.5
+RUN = 8
+RUN_SHARE = 1 / 3
 # A model of constant time has no spread; a fence this share of the prediction wide lets it drift nevertheless.
 MIN_SPREAD_SHARE = 0.05
 SIGNIFICANCE = 3.0
@@ -51,11 +58,14 @@ class ServiceLine:
 
     __slots__ = (
         "_cov",
+        "_fitted",
         "_least_s",
         "_mean_rows",
         "_newest",
         "_previous_least_s",
         "_residuals",
+        "_run",
+        "_run_is_slow",
         "_var_rows",
         "_var_s",
         "alpha",
@@ -65,28 +75,66 @@ class ServiceLine:
     )
 
     def __init__(self) -> None:
-        # State: the line; its moments; residuals by age and by size; the least time of these and the last 100 calls.
+        # State: the line; its moments and the calls in them; residuals by age and by size; the newest calls while all
+        # of them are far too slow, or far too fast; the least time of these and the last 100 calls.
         self.calls = 0
         self.alpha = 0.0
         self.beta = 0.0
         self.mean_s = 0.0
+        self._run: list[tuple[int, float]] = []
+        self._run_is_slow = False
+        self._begin()
+        self._least_s = self._previous_least_s = math.inf
+
+    def _begin(self) -> None:
+        self._fitted = 0
         self._mean_rows = self._var_rows = self._var_s = self._cov = 0.0
         self._newest: deque[float] = deque()
         self._residuals: list[float] = []
-        self._least_s = self._previous_least_s = math.inf
 
     def __repr__(self) -> str:
         return f"<ServiceLine {self.beta:.4g} s + {self.alpha:.4g} s per row, {self.calls} calls>"
 
     def observe(self, rows: int, service_s: float) -> None:
         """A batch of `rows` came back after `service_s`."""
-        residual = service_s - self.predict(rows) if self.calls else 0.0
-        self._fit(rows, service_s - residual + self._fenced(residual, service_s - residual))
-        self._remember(residual)
+        self._count(rows, service_s)
+        if len(self._run) == RUN:
+            run, self._run = self._run, []
+            self._begin()
+            for call in run:
+                self._count(*call)
         if self.calls % RESIDUALS == 0:
             self._previous_least_s, self._least_s = self._least_s, math.inf
         self._least_s = min(self._least_s, service_s)
         self.calls += 1
+
+    def _count(self, rows: int, service_s: float) -> None:
+        residual = service_s - self.predict(rows) if self._fitted else 0.0
+        predicted_s = service_s - residual
+        self._follow(rows, service_s, residual, predicted_s)
+        self._fit(rows, predicted_s + self._fenced(residual, predicted_s))
+        self._remember(residual)
+
+    def _follow(self, rows: int, service_s: float, residual: float, predicted_s: float) -> None:
+        """Lengthen the run, or end it."""
+        if self._run_is_slow != (residual > 0):
+            self._run = []
+            self._run_is_slow = residual > 0
+        if self._is_far(residual, predicted_s):
+            self._run.append((rows, service_s))
+        elif self._run:
+            self._run = []
+
+    def _is_far(self, residual: float, predicted_s: float) -> bool:
+        """The residuals of the run stand at one end, and those from before are what it is compared to."""
+        residuals = self._residuals
+        number = len(residuals) - len(self._run)
+        if number < MIN_FENCED:
+            return False
+        beyond = (9 * number) // 10
+        if residual > 0:
+            return residual > residuals[beyond] + RUN_SHARE * predicted_s
+        return residual < residuals[-1 - beyond] - RUN_SHARE * predicted_s
 
     def predict(self, rows: int) -> float:
         """S: the expected time of a batch of `rows`."""
@@ -106,15 +154,16 @@ class ServiceLine:
         return min(self._least_s, self._previous_least_s) if self.calls else 0.0
 
     def _residual(self, share: float) -> float:
+        """By nearest rank: of 100 residuals the 99th is S_p99's, so that one stall in a hundred calls is not in it."""
         residuals = self._residuals
-        return max(0.0, residuals[min(int(share * len(residuals)), len(residuals) - 1)]) if residuals else 0.0
+        return max(0.0, residuals[math.ceil(share * len(residuals)) - 1]) if residuals else 0.0
 
     def _fenced(self, residual: float, predicted_s: float) -> float:
         residuals = self._residuals
         number = len(residuals)
         if number < MIN_FENCED:
             return residual
-        low, high = residuals[number // 4], residuals[(3 * number) // 4]
+        low, high = residuals[number // 10], residuals[(9 * number) // 10]
         reach = FENCE_SPREADS * max(high - low, MIN_SPREAD_SHARE * predicted_s)
         return min(max(residual, low - reach), high + reach)
 
@@ -125,7 +174,8 @@ class ServiceLine:
             del self._residuals[bisect_left(self._residuals, self._newest.popleft())]
 
     def _fit(self, rows: int, service_s: float) -> None:
-        weight = max(1 / (self.calls + 1), FORGETTING)
+        self._fitted += 1
+        weight = max(1 / self._fitted, FORGETTING)
         by_rows, by_s = rows - self._mean_rows, service_s - self.mean_s
         self._mean_rows += weight * by_rows
         self.mean_s += weight * by_s
@@ -133,7 +183,7 @@ class ServiceLine:
         self._var_rows = keep * (self._var_rows + weight * by_rows * by_rows)
         self._var_s = keep * (self._var_s + weight * by_s * by_s)
         self._cov = keep * (self._cov + weight * by_rows * by_s)
-        self._solve(min(self.calls + 1, (2 - FORGETTING) / FORGETTING))
+        self._solve(min(self._fitted, (2 - FORGETTING) / FORGETTING))
 
     def _solve(self, calls: float) -> None:
         """The line of `calls` calls of equal weight with these moments."""

@@ -118,6 +118,8 @@ class _Key:
     policy: Policy
     admission: Admission
     blocks_in_flight: int = 0
+    new_blocks: int = 0
+    new_rows: int = 0
     hold: Hold | None = None
     alarm_at: float = math.inf
 
@@ -237,7 +239,8 @@ class Simulation:
             self.outcome.refused_rows += is_counted * arrival.rows
             self._return_caller(block, now)
         else:
-            key.policy.arrived(1, arrival.rows, now)
+            key.new_blocks += 1
+            key.new_rows += arrival.rows
             touched[key] = None
 
     def _new_key(self, name: str) -> _Key:
@@ -276,6 +279,7 @@ class Simulation:
 
     def _pump(self, key: _Key, now: float) -> None:
         key.hold = None
+        self._count_arrivals(key, now)
         self._expire(key, now)
         if key.queue.rows:
             self._held.pop(key, None)
@@ -283,12 +287,17 @@ class Simulation:
             self._waiting[key] = None
         self._set_alarm(key)
 
+    def _count_arrivals(self, key: _Key, now: float) -> None:
+        if key.new_blocks:
+            key.policy.arrived(key.new_blocks, key.new_rows, now)
+            key.new_blocks = key.new_rows = 0
+
     def _expire(self, key: _Key, now: float) -> None:
         """As in the batcher; what expires and what is given up count alike."""
         for block in key.queue.pop_expired(now):
             self.outcome.expired_rows += (now >= self._setup.warm_up_s) * block.rows
             self._return_caller(block, now)
-        least_s = key.policy.service_times.least_s
+        least_s = key.admission.give_up_s
         if least_s:
             self._give_up(key.queue.pop_infeasible(now, least_s), now)
 
@@ -306,7 +315,7 @@ class Simulation:
                 self._return_caller(part.block, now)
 
     def _set_alarm(self, key: _Key) -> None:
-        at = min(key.queue.wake_at - key.policy.service_times.least_s, key.hold.until if key.hold else math.inf)
+        at = min(key.queue.wake_at - key.admission.give_up_s, key.hold.until if key.hold else math.inf)
         if at < key.alarm_at:
             key.alarm_at = at
             self._at(at, key)

@@ -690,6 +690,24 @@ async def test_whoever_has_less_time_than_any_call_takes_is_refused_on_arrival()
         assert "<DataPlane 0 open calls" in repr(plane.plane)
 
 
+async def test_a_trial_of_a_model_that_was_slow_for_long_is_not_given_up_while_it_waits() -> None:
+    """Bug: one in twenty hopeless rows was taken on arrival, and given up for the same reason before it was sent."""
+    backend = FakeBackend(service_s=5.0)
+    async with plane_of(backend) as plane:
+        await measured(plane, 20)
+        backend.service_s = 1.0
+        refused = [plane.call([1], timeout_s=2.0) for _ in range(19)]
+        tried = plane.call([7], timeout_s=2.0)
+        await asyncio.sleep(1)
+        await settle()
+        assert all(isinstance(one.reply.failures[0, 0], DeadlineExceeded) for one in refused)
+        assert tried.values == [14]
+        again = plane.call([8], timeout_s=2.0)
+        await asyncio.sleep(1)
+        await settle()
+        assert again.values == [16]
+
+
 async def test_past_the_queues_bound_the_time_to_retry_follows_from_the_drain_rate() -> None:
     async with plane_of(FakeBackend(service_s=5.0), limits={"max_queued_rows": 4}) as plane:
         await measured(plane, 1)

@@ -4,7 +4,13 @@ import math
 
 import pytest
 
-from router.core.admission import DEFAULT_RETRY_AFTER_S, MAX_RETRY_AFTER_S, MIN_RETRY_AFTER_S, Admission
+from router.core.admission import (
+    DEFAULT_RETRY_AFTER_S,
+    MAX_RETRY_AFTER_S,
+    MIN_RETRY_AFTER_S,
+    REFUSED_PER_TRIAL,
+    Admission,
+)
 from router.core.service_time import MIN_CALLS, ServiceTimes
 from router.errors import DeadlineExceeded, ResourceExhausted
 
@@ -33,6 +39,35 @@ def test_the_shortest_call_just_fits_or_just_does_not() -> None:
     admission.check(0, 5.0, FREE_SLOT, 1)
     with pytest.raises(DeadlineExceeded):
         admission.check(0, 4.999, FREE_SLOT, 1)
+
+
+def test_of_rows_that_have_no_hope_one_in_twenty_is_tried() -> None:
+    """Bug: after a slow hour callers with less patience than that were refused for ever; no call told of its end."""
+    admission = admission_after(MIN_CALLS, 50.0)
+    for _ in range(2):
+        for _ in range(REFUSED_PER_TRIAL - 1):
+            with pytest.raises(DeadlineExceeded):
+                admission.check(0, 10.0, FREE_SLOT, 1)
+        admission.check(0, 10.0, FREE_SLOT, 1)
+    times = ServiceTimes()
+    for _ in range(MIN_CALLS):
+        times.observe("replica:1", 64, 5.0)
+    admission.update(times, 4, keys=1)
+    admission.check(0, 10.0, FREE_SLOT, 1)
+
+
+def test_nothing_is_tried_while_the_model_answers_or_without_any_time() -> None:
+    times = ServiceTimes()
+    for _ in range(MIN_CALLS):
+        times.observe("replica:1", 64, 50.0)
+    admission = Admission(64)
+    for _ in range(3 * REFUSED_PER_TRIAL):
+        admission.update(times, 4, keys=1)
+        with pytest.raises(DeadlineExceeded):
+            admission.check(0, 10.0, FREE_SLOT, 1)
+    for _ in range(3 * REFUSED_PER_TRIAL):
+        with pytest.raises(DeadlineExceeded):
+            admission.check(0, 0.0, FREE_SLOT, 1)
 
 
 def test_with_nothing_ahead_a_row_is_taken_though_it_will_hardly_be_in_time() -> None:

@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from router.core.even_gap import Gap
 
 # One of two slots is free, the other comes back in 4 s: g = 4. Ten rows a second: 40 in a gap.
-GAP = Gap(rows=1, age_s=0.0, slack_s=math.inf, rate=10.0, free=1, returns_s=[4.0], service_s=5.0, alpha=0.0)
+GAP = Gap(rows=1, age_s=0.0, slack_s=math.inf, rate=10.0, free=1, returns_at=[4.0], now=0.0, service_s=5.0, alpha=0.0)
 
 
 def test_a_row_waits_until_it_is_as_old_as_what_is_left_of_the_gap() -> None:
     assert GAP.hold_s() == pytest.approx(2.0)
-    assert replace(GAP, age_s=1.0, returns_s=[3.0]).hold_s() == pytest.approx(1.0)
+    assert replace(GAP, age_s=1.0, returns_at=[3.0]).hold_s() == pytest.approx(1.0)
 
 
 def test_the_gap_is_the_largest_that_any_return_asks_for() -> None:
     """max(1/1, 2/2, 4.5/3) = 1.5 s."""
-    gap = replace(GAP, returns_s=[4.5, 1.0, 2.0])
+    gap = replace(GAP, returns_at=[4.5, 1.0, 2.0])
     assert replace(gap, rows=14).hold_s() > 0
     assert replace(gap, rows=15).hold_s() == 0
     assert replace(gap, age_s=1.49).hold_s() > 0
@@ -44,13 +44,13 @@ def test_a_hold_ends_while_the_deadline_can_still_be_met() -> None:
 
 
 def test_a_slot_that_is_overdue_counts_as_due_in_two_hundredths_of_the_time() -> None:
-    late = replace(GAP, returns_s=[-3.0], rate=20.0)
+    late = replace(GAP, returns_at=[-3.0], rate=20.0)
     assert late.hold_s() == pytest.approx(0.1)
     assert replace(late, age_s=0.1).hold_s() == 0
 
 
 def test_nothing_waits_without_a_busy_slot() -> None:
-    assert replace(GAP, returns_s=[]).hold_s() == 0
+    assert replace(GAP, returns_at=[]).hold_s() == 0
 
 
 @pytest.mark.parametrize(("alpha", "share"), [(0.0, 1.0), (0.04, 1.0), (0.06, 0.5), (0.08, 0.0), (1.0, 0.0)])
@@ -62,13 +62,30 @@ def test_rows_that_cost_time_damp_the_gap(alpha: float, share: float) -> None:
     assert replace(damped, age_s=4 * share + 0.01).hold_s() == 0
 
 
+@pytest.mark.parametrize("slots", [32, 33, 64, 1024])
+def test_of_many_slots_some_tell_the_gap(slots: int) -> None:
+    """They come back evenly, in any order: 1 s between two starts."""
+    many = replace(GAP, returns_at=[float(slots - number) for number in range(slots)])
+    assert replace(many, rows=9).hold_s() > 0
+    assert replace(many, rows=10).hold_s() == 0
+
+
+@pytest.mark.parametrize("late", [0, 31, 40, 63, 500, 1000])
+def test_of_many_slots_none_is_overlooked_by_much(late: int) -> None:
+    """Half of them come back at once, the others together: g is that time over the number of the first."""
+    many = replace(GAP, rate=1000.0, returns_at=[0.0] * late + [1000.0] * (1024 - late), service_s=0.0)
+    gap_s = 1000 / (1 + late)
+    assert replace(many, rows=int(1000 * gap_s) + 1).hold_s() == 0
+    assert replace(many, rows=int(1000 * 0.9 * gap_s)).hold_s() > 0
+
+
 def gap_after(gap: Gap, seconds: float) -> Gap:
     """The same later, when nothing has happened."""
     return replace(
         gap,
         age_s=gap.age_s + seconds,
         slack_s=gap.slack_s - seconds,
-        returns_s=[t_s - seconds for t_s in gap.returns_s],
+        now=gap.now + seconds,
     )
 
 
@@ -79,7 +96,8 @@ gaps = st.builds(
     slack_s=st.one_of(st.just(math.inf), st.floats(-1, 60)),
     rate=st.floats(0.001, 1000),
     free=st.integers(1, 4),
-    returns_s=st.lists(st.floats(-5, 10), max_size=8),
+    returns_at=st.lists(st.floats(-5, 10), max_size=8),
+    now=st.just(0.0),
     service_s=st.floats(0.001, 10),
     alpha=st.floats(0, 0.1),
 )
@@ -88,7 +106,7 @@ gaps = st.builds(
 @given(gaps)
 def test_a_hold_is_never_longer_than_the_longest_return_or_a_fiftieth_of_the_time(gap: Gap) -> None:
     hold_s = gap.hold_s()
-    assert 0 <= hold_s <= max([*gap.returns_s, 0.02 * gap.service_s])
+    assert 0 <= hold_s <= max([*gap.returns_at, 0.02 * gap.service_s])
 
 
 @given(gaps, st.floats(0, 0.99))

@@ -12,6 +12,7 @@ from router.core.service_time import (
     MIN_CALLS,
     MIN_REPLICA_CALLS,
     RESIDUALS,
+    RUN,
     ServiceLine,
     ServiceTimes,
 )
@@ -88,6 +89,51 @@ def test_a_lasting_change_is_followed() -> None:
     line = line_of(*([(8, 5.0)] * 200), *([(8, 20.0)] * 300))
     assert line.predict(8) == pytest.approx(20.0, rel=0.02)
     assert line.min_s == 20.0
+
+
+def test_one_stall_in_a_hundred_calls_is_not_in_the_percentiles() -> None:
+    """Bug: S_p99 was the longest of the last 100, so for 100 calls a minute's stall hid the next one."""
+    line = line_of(*[(8, 5.0)] * 50, (8, 60.0), *[(8, 5.0)] * 48)
+    assert line.predict_p99(8) > 50
+    line.observe(8, 5.0)
+    assert line.predict_p99(8) == pytest.approx(5.0, abs=0.02)
+    line.observe(8, 60.0)
+    assert line.predict_p99(8) > 50
+
+
+@pytest.mark.parametrize("factor", [10, 0.1])
+@pytest.mark.parametrize("spread_s", [0.0, 2.0])
+def test_a_tenfold_change_is_followed_within_eight_calls(factor: float, spread_s: float) -> None:
+    """Bug: 50 calls after a change from 50 s to 5 s S_p90 was still 30 s, and rows that had 20 s were refused."""
+    chance = random.Random(4)
+    calls = [(8, chance.uniform(5 - spread_s, 5 + spread_s)) for _ in range(200 + RUN)]
+    line = line_of(*calls[:200], *((rows, factor * service_s) for rows, service_s in calls[201:]))
+    assert line.predict(8) == pytest.approx(5.0, rel=0.3)
+    line.observe(8, factor * calls[200][1])
+    assert line.predict(8) == pytest.approx(5.0 * factor, rel=0.3)
+    assert factor * 5 * 0.9 < line.predict_p90(8) < factor * (5 + 2 * spread_s + 0.1)
+    for _ in range(100):
+        line.observe(8, factor * chance.uniform(5 - spread_s, 5 + spread_s))
+    assert line.predict_p90(8) == pytest.approx(factor * (5 + 0.8 * spread_s), rel=0.1)
+
+
+def test_a_line_that_begins_anew_finds_its_slope_again() -> None:
+    line = line_of(
+        *((rows, 1 + 0.01 * rows) for rows in range(1, 64)), *((rows, 8 + 0.1 * rows) for rows in range(1, 64))
+    )
+    assert line.alpha == pytest.approx(0.1)
+    assert line.beta == pytest.approx(8.0)
+
+
+def test_times_of_two_kinds_are_neither_outliers_nor_changes() -> None:
+    """Bug: of calls that take 1 s, and one in five 10 s, those were cut, and 1.6 s was expected instead of 2.8."""
+    chance = random.Random(5)
+    line = ServiceLine()
+    for number in range(3000):
+        line.observe(8, 10.0 if chance.random() < 0.2 else 1.0)
+        if number > 100:
+            assert 1.5 < line.predict(8) < 5.5
+            assert line.predict_p90(8) > 8
 
 
 def test_percentiles_stand_above_the_line() -> None:

@@ -65,6 +65,24 @@ def test_callers_in_a_closed_loop_ask_again_after_their_answer() -> None:
     assert list(outcome.batch_starts_s) == pytest.approx([0.25, 1.0, 1.75, 2.5])
 
 
+class Told(WorkConserving):
+    """Notes what it is told of arrivals."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self.told: list[tuple[int, int, float]] = []
+
+    def arrived(self, blocks: int, rows: int, now: float) -> None:
+        self.told.append((blocks, rows, now))
+
+
+def test_the_policy_is_told_once_of_all_that_comes_at_one_instant() -> None:
+    """Bug: it was told of each row, unlike by the router, so that bursts passed for callers without each other."""
+    policy = Told()
+    simulate([Arrival(0.0), Arrival(0.1), Arrival(0.1, rows=2), Arrival(0.2)], policy=lambda: policy)
+    assert policy.told == [(1, 1, 0.0), (2, 3, 0.1), (1, 1, 0.2)]
+
+
 PER_ROW_S = 0.02
 PATIENCE_S = 1.5
 WEIGHTS = {"gold": 3.0}
