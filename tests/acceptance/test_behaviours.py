@@ -56,8 +56,14 @@ class Stack(NamedTuple):
     async def wait_for_queued(self, rows: int) -> None:
         await self.router.wait_until("router_queued_rows", rows)
 
-    def executed_rows(self, model: str) -> list[int]:
-        """Rows of each batch that the mock has executed."""
+    async def executed_rows(self, model: str, batches: int) -> list[int]:
+        """Rows of each batch that the mock has executed, once there are so many lines of them."""
+        async with asyncio.timeout(30):
+            while len(rows := self._rows_in_log(model)) < batches:  # noqa: ASYNC110 -- another process, a thread reads it
+                await asyncio.sleep(0.01)
+        return rows
+
+    def _rows_in_log(self, model: str) -> list[int]:
         lines = "\n".join(self.mock.program.lines_so_far())
         return [int(rows) for rows in re.findall(rf" batch model='{model}' .*rows=(\d+) ", lines)]
 
@@ -82,7 +88,7 @@ async def ended(calls: Sequence[Call]) -> None:
 async def test_a_request_of_20_rows_is_three_batches_and_one_answer(stack: Stack) -> None:
     call = stack.ask("large request", 20)
     await ended([call])
-    assert sorted(stack.executed_rows("large request")) == [4, 8, 8]
+    assert sorted(await stack.executed_rows("large request", 3)) == [4, 8, 8]
     assert dict(call.codes) == {"": 20}
     assert stack.ledger.problems == []
 
@@ -116,7 +122,7 @@ async def test_a_short_deadline_behind_a_long_batch_is_answered_in_time_and_neve
     assert dict(hasty.codes) == {"DEADLINE_EXCEEDED": 1}
     assert hasty.latency_s < BATCH_S / 4 + 0.1
     assert dict(patient.codes) == {"": 1}
-    assert stack.executed_rows("short deadline") == [1, 1]
+    assert await stack.executed_rows("short deadline", 2) == [1, 1]
     assert stack.ledger.problems == []
 
 
@@ -185,7 +191,7 @@ async def test_a_cancelled_caller_leaves_its_neighbours_unharmed(stack: Stack) -
     stack.connection.cancel(calls[5])
     await ended(calls)
     assert [dict(call.codes) for call in calls] == [{} if number in (2, 5) else {"": 1} for number in range(8)]
-    assert stack.executed_rows("cancelled neighbour") == [1, MAX_BATCH_ROWS - 1]
+    assert await stack.executed_rows("cancelled neighbour", 2) == [1, MAX_BATCH_ROWS - 1]
     assert stack.ledger.problems == []
 
 

@@ -11,6 +11,7 @@ take `--slow` times as long.
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
@@ -36,11 +37,12 @@ if TYPE_CHECKING:
 # Marks.
 POISON = 1.0  # this row cannot be computed, ever
 CRASH = 2.0  # this row kills the process
+NAMED = 4.0  # this row cannot be computed, and the answer says so of it alone
 STRIKE = 10.0  # this and above: the row meets the fault of that number, once
 BLOCK_S = 0.5
 LARGE_BYTES = 5 * 1024 * 1024
 # Outcomes as they stand in the record; of a strike it is the name of the fault.
-ANSWERED, POISONED, UNAVAILABLE, CRASHED = "answered", "poisoned", "unavailable", "crashed"
+ANSWERED, POISONED, NAMING, UNAVAILABLE, CRASHED = "answered", "poisoned", "naming", "unavailable", "crashed"
 
 Message: TypeAlias = pb.ModelStreamInferResponse
 Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
@@ -129,7 +131,10 @@ class Replica:
         if fault := character.strike(ids, marks):
             note(fault)
             return await FAULTS[fault](right)
-        note(ANSWERED)
+        named = {str(row): "cannot be computed" for row in np.flatnonzero(marks == NAMED)}
+        if named:
+            right.infer_response.parameters["row_errors"].string_param = json.dumps(named)
+        note(NAMING if named else ANSWERED)
         return [right]
 
 
