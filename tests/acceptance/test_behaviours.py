@@ -19,7 +19,7 @@ from protos.open_inference import open_inference_pb2 as oip
 from protos.open_inference import open_inference_pb2_grpc as oip_grpc
 from tests.acceptance.processes import Program, running
 from tests.reliability.cluster import Router, Server, cluster
-from tests.reliability.ledger import Call, Connection, Key, Ledger
+from tests.reliability.ledger import Call, Connection, Key, Ledger, Matrix
 from tests.reliability.witness import Context, Infer, Message, serve
 
 pytestmark = pytest.mark.anyio
@@ -83,6 +83,19 @@ async def ended(calls: Sequence[Call]) -> None:
     """Until every call has its end."""
     async with asyncio.timeout(30):
         await asyncio.gather(*(call.ended for call in calls))
+
+
+async def test_one_bad_row_among_eight_fails_alone(stack: Stack) -> None:
+    key = Key("one bad row")
+    plug = await stack.plug(key.model_name)
+    bad: Matrix = np.array([[POISON, 0, 0, 0]], "<f4")
+    rows = [*(stack.ledger.make_rows(1, key.dim) for _ in range(MAX_BATCH_ROWS - 1)), bad]
+    calls = [stack.connection.ask(key, row) for row in rows]
+    await ended([plug, *calls])
+    assert (await stack.executed_rows(key.model_name, 2))[:2] == [1, MAX_BATCH_ROWS]
+    assert [dict(call.codes) for call in calls[:-1]] == [{"": 1}] * (MAX_BATCH_ROWS - 1)
+    assert not calls[-1].codes[""]
+    assert stack.ledger.problems == []
 
 
 async def test_a_request_of_20_rows_is_three_batches_and_one_answer(stack: Stack) -> None:
