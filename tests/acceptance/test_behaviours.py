@@ -1,4 +1,4 @@
-"""Things that users of batching servers complain of, with whole processes: what happens here instead.
+"""Eight things that users of batching servers complain of, with whole processes: what happens here instead.
 
 The model takes 0.3 s for a batch of at most 8 rows, one batch at a time. Each test has a model of its own, so none
 waits for another's rows; the mock's log is the record of what was executed.
@@ -73,7 +73,9 @@ async def stack(anyio_backend: str) -> AsyncIterator[Stack]:
     mock = Server("--latency", f"{BATCH_S}", "--fault", f"poison:value={POISON:g}")
     models = [{"backend": "nn", "max_batch_size": MAX_BATCH_ROWS}]
     limits = {"max_queued_rows": MAX_QUEUED_ROWS}
-    async with cluster({"nn": [mock]}, backend={"max_in_flight": 1}, models=models, limits=limits) as router:
+    async with cluster(
+        {"nn": [mock]}, backend={"max_in_flight": 1}, models=models, limits=limits, trust_tenant=True
+    ) as router:
         connection = Connection(Ledger(), router.address)
         async with connection.running():
             yield Stack(mock, router, connection)
@@ -205,6 +207,22 @@ async def test_a_cancelled_caller_leaves_its_neighbours_unharmed(stack: Stack) -
     await ended(calls)
     assert [dict(call.codes) for call in calls] == [{} if number in (2, 5) else {"": 1} for number in range(8)]
     assert await stack.executed_rows("cancelled neighbour", 2) == [1, MAX_BATCH_ROWS - 1]
+    assert stack.ledger.problems == []
+
+
+async def test_two_tenants_that_offer_ten_to_one_are_served_one_to_one_while_both_wait(stack: Stack) -> None:
+    plug = await stack.plug("two tenants")
+    ends: list[str] = []
+    stack.ledger.on_end = lambda call: ends.append(call.label)
+    many = [stack.ask("two tenants", tenant="many") for _ in range(80)]
+    few = [stack.ask("two tenants", tenant="few") for _ in range(8)]
+    await ended([plug, *few])
+    stack.ledger.on_end = lambda _: None
+    for call in many:
+        stack.connection.cancel(call)
+    # Half of each of two batches; the plug's end is the first.
+    first_two_batches = ends[1 : 1 + 2 * MAX_BATCH_ROWS]
+    assert first_two_batches.count("few") == first_two_batches.count("many") == MAX_BATCH_ROWS
     assert stack.ledger.problems == []
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from tests.reliability.cancels import cancels
 from tests.reliability.kills import kills
+from tests.reliability.overload import flood
 from tests.reliability.poison import crashes, poison
 from tests.reliability.report import Report
 
@@ -52,4 +53,5 @@ PLAN: Mapping[str, Entry] = {
         {"rows": 200_000, "share": 0.0001, "latency": "0.02-0.05", "rows_per_s": 500},
     ),
     "cancels": Entry(8, cancels, {"count": 2_000, "floods": 8}, {"count": 100_000, "floods": 200}),
+    "flood": Entry(11, flood, {"seconds": 3.0, "times": 100.0}, {"seconds": 600.0, "times": 100.0}),
 }
