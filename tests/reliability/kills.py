@@ -1,8 +1,9 @@
-"""Row 2: model servers that are killed under load."""
+"""Rows 2 and 3: model servers that are killed, and model servers that freeze, under load."""
 
 import asyncio
 import contextlib
 import random
+import signal
 from collections.abc import AsyncIterator, Mapping
 
 from tests.reliability.cluster import Server, cluster, mock
@@ -13,6 +14,8 @@ from tests.reliability.report import Report
 REPLICAS = 4
 KEYS = [Key("churn", "buyer", 4), Key("churn", "seller", 4), Key("fraud", "buyer", 8), Key("fraud", "", 5)]
 REQUEUE_S = 0.2
+# That a suspect needs to be found where probes come every 4 s; here they come more often.
+PROBE_S, SUSPECT_S = 0.5, 4.0
 
 
 async def kills(seed: int, count: int, calls_per_s: float, pause_s: tuple[float, float]) -> Report:
@@ -52,6 +55,32 @@ async def kills(seed: int, count: int, calls_per_s: float, pause_s: tuple[float,
     report.claim(
         "what a kill hit is sent again within 200 ms", percentile(again, 0.99) <= REQUEUE_S + ledger.worst_lag_s
     )
+    return report
+
+
+async def freezes(seed: int, count: int, calls_per_s: float, frozen_s: float) -> Report:
+    """SIGSTOP one of four, and let it go on later: what it answers then is nobody's."""
+    report = Report(3, f"SIGSTOP a model server {count} times for {frozen_s:g} s", seed)
+    rng = random.Random(seed)
+    servers = [mock("--latency", "0.02-0.05", "--seed", str(number)) for number in range(REPLICAS)]
+    settings = {"probe_interval_s": PROBE_S}
+    async with under_load(report, servers, calls_per_s, rng, settings) as (ledger, calls):
+        loop = asyncio.get_running_loop()
+        for _ in range(count):
+            await asyncio.sleep(1.0)
+            victim = rng.choice(servers)
+            victim.program.send(signal.SIGSTOP)
+            await asyncio.sleep(frozen_s)
+            victim.program.send(signal.SIGCONT)
+            await asyncio.sleep(0.5)
+        done_at = loop.time()
+    slowest = max((call.latency_s for call in calls if call.sent_at < done_at), default=0.0)
+    report.tell("rows by attempts", dict(sorted(ledger.attempts.items())))
+    report.tell("the slowest call, s", slowest)
+    report.claim("every row is answered", ledger.rows[""] == ledger.rows_asked)
+    report.claim("rows on the frozen server are run elsewhere", any(attempts > 1 for attempts in ledger.attempts))
+    report.timed(f"a frozen server is found within {SUSPECT_S:g} s", slowest < SUSPECT_S)
+    report.claim("it was frozen for longer than that", frozen_s > SUSPECT_S)
     return report
 
 

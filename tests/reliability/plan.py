@@ -3,11 +3,13 @@
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
+from tests.reliability.bad_answers import bad_answers
 from tests.reliability.cancels import cancels
-from tests.reliability.kills import kills
+from tests.reliability.kills import freezes, kills
 from tests.reliability.overload import flood
 from tests.reliability.poison import crashes, poison
 from tests.reliability.report import Report
+from tests.reliability.sick import flapping, slow
 
 
 class Entry(NamedTuple):
@@ -28,6 +30,13 @@ PLAN: Mapping[str, Entry] = {
         {"count": 20, "calls_per_s": 60, "pause_s": (0.2, 0.6)},
         {"count": 500, "calls_per_s": 60, "pause_s": (0.5, 3.0)},
     ),
+    "freezes": Entry(
+        3,
+        freezes,
+        {"count": 2, "calls_per_s": 40, "frozen_s": 5.0},
+        {"count": 50, "calls_per_s": 40, "frozen_s": 20.0},
+    ),
+    "bad answers": Entry(4, bad_answers, {"strikes": 2, "window_s": 0.8}, {"strikes": 100, "window_s": 10.0}),
     "poison, few": Entry(
         6,
         poison,
@@ -54,4 +63,6 @@ PLAN: Mapping[str, Entry] = {
     ),
     "cancels": Entry(8, cancels, {"count": 2_000, "floods": 8}, {"count": 100_000, "floods": 200}),
     "flood": Entry(11, flood, {"seconds": 3.0, "times": 100.0}, {"seconds": 600.0, "times": 100.0}),
+    "slow": Entry(14, slow, {"seconds": 4.0, "ejection_s": 2.0}, {"seconds": 300.0, "ejection_s": 30.0}),
+    "flapping": Entry(14, flapping, {"seconds": 4.0, "ejection_s": 2.0}, {"seconds": 300.0, "ejection_s": 30.0}),
 }
