@@ -19,8 +19,10 @@ from protos.open_inference import open_inference_pb2 as oip
 from protos.open_inference import open_inference_pb2_grpc as oip_grpc
 from tests.acceptance.processes import Program, running
 from tests.reliability.cluster import Router, Server, cluster
-from tests.reliability.ledger import Call, Connection, Key, Ledger, Matrix
-from tests.reliability.witness import Context, Infer, Message, serve
+from tests.reliability.connection import Connection
+from tests.reliability.faults import Message
+from tests.reliability.ledger import Call, Key, Ledger, Matrix
+from tests.reliability.witness import Context, Infer, serve
 
 pytestmark = pytest.mark.anyio
 

@@ -11,15 +11,16 @@ import contextlib
 import itertools
 import random
 import tempfile
-from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 from tests.reliability.cluster import Server, cluster, mock, witness
-from tests.reliability.ledger import Connection, Key, Ledger, percentile
+from tests.reliability.connection import Connection
+from tests.reliability.faults import FAULTS
+from tests.reliability.ledger import Key, Ledger, percentile
 from tests.reliability.load import open_loop
 from tests.reliability.report import Report
-from tests.reliability.witness import FAULTS, STRIKE, read_record
+from tests.reliability.witness import STRIKE, Strikes
 
 GOOD, BAD = Key("good", "buyer", 4), Key("bad", "buyer", 4)
 MAX_BATCH_ROWS = 16
@@ -94,6 +95,7 @@ async def bad_answers(seed: int, strikes: int, window_s: float) -> Report:
             ledger = Ledger()
             connection = Connection(ledger, router.address)
             windows = Windows()
+            struck = Strikes(record)
 
             def ask() -> None:
                 for key in (GOOD, BAD):
@@ -107,13 +109,13 @@ async def bad_answers(seed: int, strikes: int, window_s: float) -> Report:
                     async with windows.one(is_struck=False):
                         await asyncio.sleep(window_s)
                     async with windows.one(is_struck=True):
-                        await _strike(connection, bad, record, fault, strikes)
+                        await _strike(connection, bad, struck, fault, strikes)
                     await asyncio.sleep(SETTLE_S)
                 load.cancel()
                 await asyncio.wait([load])
                 await report.close(ledger, router)
-        struck = Counter(batch.outcome for batch in read_record(record) if batch.outcome in FAULTS)
-    _judge(report, ledger, windows, struck, strikes)
+        counts = {fault: struck.count(fault) for fault in FAULTS}
+    _judge(report, ledger, windows, counts, strikes)
     return report
 
 
@@ -138,24 +140,24 @@ class Windows:
         return percentile(sorted(latencies), 0.99)
 
 
-async def _strike(connection: Connection, bad: Proxy, record: Path, fault: str, strikes: int) -> None:
+async def _strike(connection: Connection, bad: Proxy, struck: Strikes, fault: str, strikes: int) -> None:
     """Send marked rows until as many have met the fault; others are served by the good replica."""
     ledger = connection.ledger
     mark = STRIKE + list(FAULTS).index(fault)
     bad.trickles = fault == "trickle"
     for _ in range(MARKED_PER_STRIKE * strikes):
-        if sum(batch.outcome == fault for batch in read_record(record)) >= strikes:
+        if struck.count(fault) >= strikes:
             break
         connection.ask(BAD, ledger.make_rows(1, BAD.dim, mark), timeout_s=10, label="struck", explain=True)
         await asyncio.sleep(STRIKE_PAUSE_S)
     bad.trickles = False
 
 
-def _judge(report: Report, ledger: Ledger, windows: Windows, struck: Counter[str], strikes: int) -> None:
+def _judge(report: Report, ledger: Ledger, windows: Windows, struck: Mapping[str, int], strikes: int) -> None:
     alone, beside = (windows.p99(ledger, "good", is_struck=is_struck) for is_struck in (False, True))
     halves = [windows.p99(ledger, "good", is_struck=False, part=slice(half, None, 2)) for half in (0, 1)]
     noise = abs(halves[0] - halves[1]) + ledger.worst_lag_s
-    report.tell("strikes", dict(struck))
+    report.tell("strikes", struck)
     report.tell("rows by attempts", dict(sorted(ledger.attempts.items())))
     report.tell("p99 of the other key without and with strikes, noise, s", f"{alone:.4f}, {beside:.4f}, {noise:.4f}")
     report.claim("every fault struck as often as it should", all(struck[fault] >= strikes for fault in FAULTS))

@@ -4,7 +4,8 @@ import asyncio
 import random
 
 from tests.reliability.cluster import cluster, mock
-from tests.reliability.ledger import Call, Connection, Key, Ledger, percentile
+from tests.reliability.connection import Connection
+from tests.reliability.ledger import Call, Key, Ledger, percentile
 from tests.reliability.load import open_loop
 from tests.reliability.report import Report
 

@@ -7,7 +7,8 @@ import signal
 from collections.abc import AsyncIterator, Mapping
 
 from tests.reliability.cluster import Server, cluster, mock
-from tests.reliability.ledger import Call, Connection, Key, Ledger, percentile
+from tests.reliability.connection import Connection
+from tests.reliability.ledger import Call, Key, Ledger, percentile
 from tests.reliability.load import open_loop
 from tests.reliability.report import Report
 

@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from tests.reliability.ledger import Call
 
-FULL_LOAD_PAUSE_S = 0.001
-
 
 async def open_loop(rate: float, seconds: float, rng: random.Random, ask: Callable[[], object]) -> None:
     """Poisson arrivals, `rate` calls a second. What is due while the loop sleeps is asked at once when it wakes."""

@@ -8,7 +8,8 @@ import asyncio
 import random
 
 from tests.reliability.cluster import cluster, mock
-from tests.reliability.ledger import Connection, Key, Ledger, percentile
+from tests.reliability.connection import Connection
+from tests.reliability.ledger import Key, Ledger, percentile
 from tests.reliability.load import open_loop
 from tests.reliability.report import Report
 

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from tests.reliability.cluster import Server, cluster, witness
-from tests.reliability.ledger import Call, Connection, Key, Ledger, row_ids
+from tests.reliability.connection import Connection
+from tests.reliability.ledger import Call, Key, Ledger, row_ids
 from tests.reliability.load import open_loop
 from tests.reliability.report import Report
 from tests.reliability.witness import CRASH, CRASHED, NAMED, NAMING, POISON, POISONED, Executed, read_record

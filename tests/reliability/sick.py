@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 from tests.reliability.cluster import Router, cluster, total, witness
-from tests.reliability.ledger import Connection, Key, Ledger, percentile
+from tests.reliability.connection import Connection
+from tests.reliability.ledger import Key, Ledger, percentile
 from tests.reliability.load import open_loop
 from tests.reliability.report import Report
 

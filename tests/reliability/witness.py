@@ -17,10 +17,11 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeAlias
+from typing import Any, NamedTuple, TextIO, TypeAlias
 
 import grpc
 import grpc.aio
@@ -29,22 +30,17 @@ import uvloop
 
 from mock_nn.models import answer, expected, read_agent_type, read_matrix
 from protos.open_inference import open_inference_pb2 as pb
+from tests.reliability.faults import FAULTS, Message
 from tests.reliability.ledger import Matrix, row_ids
-
-if TYPE_CHECKING:
-    pass
 
 # Marks.
 POISON = 1.0  # this row cannot be computed, ever
 CRASH = 2.0  # this row kills the process
 NAMED = 4.0  # this row cannot be computed, and the answer says so of it alone
 STRIKE = 10.0  # this and above: the row meets the fault of that number, once
-BLOCK_S = 0.5
-LARGE_BYTES = 5 * 1024 * 1024
 # Outcomes as they stand in the record; of a strike it is the name of the fault.
 ANSWERED, POISONED, NAMING, UNAVAILABLE, CRASHED = "answered", "poisoned", "naming", "unavailable", "crashed"
 
-Message: TypeAlias = pb.ModelStreamInferResponse
 Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 Infer: TypeAlias = Callable[[pb.ModelInferRequest, Context], Awaitable[list[Message]]]
 
@@ -62,6 +58,25 @@ class Executed(NamedTuple):
 def read_record(path: Path) -> list[Executed]:
     """All batches, in the order in which they were written down."""
     return [_parse(*line.split()) for line in path.read_text().splitlines()]
+
+
+class Strikes:
+    """How often each fault has struck, by a record that is still being written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read_bytes = 0
+        self._counts: Counter[str] = Counter()
+
+    def count(self, fault: str) -> int:
+        """Until now."""
+        with self._path.open("rb") as record:
+            record.seek(self._read_bytes)
+            content = record.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._read_bytes += len(whole)
+        self._counts.update(line.split()[1].decode() for line in whole.splitlines())
+        return self._counts[fault]
 
 
 def _parse(began_at: str, outcome: str, listen: str, batch_id: str, *ids: str) -> Executed:
@@ -136,61 +151,6 @@ class Replica:
             right.infer_response.parameters["row_errors"].string_param = json.dumps(named)
         note(NAMING if named else ANSWERED)
         return [right]
-
-
-async def _block(right: Message) -> list[Message]:
-    time.sleep(BLOCK_S)  # noqa: ASYNC251 -- as model servers do that compute on their loop
-    return [right]
-
-
-async def _never(_: Message) -> list[Message]:
-    await asyncio.Event().wait()
-    raise AssertionError
-
-
-async def _twice(right: Message) -> list[Message]:
-    return [right, right]
-
-
-async def _short(right: Message) -> list[Message]:
-    response = right.infer_response
-    response.outputs[0].shape[0] -= 1
-    response.raw_output_contents[0] = response.raw_output_contents[0][:-4]
-    return [right]
-
-
-async def _nan(right: Message) -> list[Message]:
-    values = np.frombuffer(right.infer_response.raw_output_contents[0], "<f4").copy()
-    values[-1] = np.nan
-    right.infer_response.raw_output_contents[0] = values.tobytes()
-    return [right]
-
-
-async def _foreign(right: Message) -> list[Message]:
-    right.infer_response.id = "nobody's"
-    return [right]
-
-
-async def _large(right: Message) -> list[Message]:
-    right.infer_response.raw_output_contents[0] = bytes(LARGE_BYTES)
-    return [right]
-
-
-async def _well(right: Message) -> list[Message]:
-    """The fault is in the wire, for example: only the strike is noted."""
-    return [right]
-
-
-FAULTS = {
-    "block": _block,
-    "never": _never,
-    "twice": _twice,
-    "short": _short,
-    "nan": _nan,
-    "foreign": _foreign,
-    "large": _large,
-    "trickle": _well,
-}
 
 
 async def serve(listen: str, infer: Infer) -> grpc.aio.Server:
