@@ -16,7 +16,7 @@ REPLICAS = 4
 KEYS = [Key("churn", "buyer", 4), Key("churn", "seller", 4), Key("fraud", "buyer", 8), Key("fraud", "", 5)]
 REQUEUE_S = 0.2
 # That a suspect needs to be found where probes come every 4 s; here they come more often.
-PROBE_S, SUSPECT_S = 0.5, 4.0
+PROBE_S, SUSPECT_S = 0.5, 3.0
 
 
 async def kills(seed: int, count: int, calls_per_s: float, pause_s: tuple[float, float]) -> Report:

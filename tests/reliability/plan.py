@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 from tests.reliability.bad_answers import bad_answers
 from tests.reliability.cancels import cancels
 from tests.reliability.kills import freezes, kills
-from tests.reliability.overload import flood
+from tests.reliability.overload import flood, overload
 from tests.reliability.poison import crashes, poison
 from tests.reliability.report import Report
 from tests.reliability.sick import flapping, slow
+
+LEVELS = (1.2, 2.0, 4.0, 10.0)
 
 
 class Entry(NamedTuple):
@@ -27,26 +29,26 @@ PLAN: Mapping[str, Entry] = {
     "kills": Entry(
         2,
         kills,
-        {"count": 20, "calls_per_s": 60, "pause_s": (0.2, 0.6)},
+        {"count": 20, "calls_per_s": 60, "pause_s": (0.1, 0.4)},
         {"count": 500, "calls_per_s": 60, "pause_s": (0.5, 3.0)},
     ),
     "freezes": Entry(
         3,
         freezes,
-        {"count": 2, "calls_per_s": 40, "frozen_s": 5.0},
+        {"count": 2, "calls_per_s": 40, "frozen_s": 3.5},
         {"count": 50, "calls_per_s": 40, "frozen_s": 20.0},
     ),
-    "bad answers": Entry(4, bad_answers, {"strikes": 2, "window_s": 0.8}, {"strikes": 100, "window_s": 10.0}),
+    "bad answers": Entry(4, bad_answers, {"strikes": 2, "window_s": 0.5}, {"strikes": 100, "window_s": 10.0}),
     "poison, few": Entry(
         6,
         poison,
-        {"rows": 5_000, "share": 0.001, "latency": "0.005-0.01", "rows_per_s": 1_000},
+        {"rows": 4_000, "share": 0.002, "latency": "0.005-0.01", "rows_per_s": 1_000},
         {"rows": 100_000, "share": 0.001, "latency": "0.02-0.05", "rows_per_s": 500},
     ),
     "poison, many": Entry(
         6,
         poison,
-        {"rows": 5_000, "share": 0.01, "latency": "0.005-0.01", "rows_per_s": 1_000},
+        {"rows": 3_000, "share": 0.01, "latency": "0.005-0.01", "rows_per_s": 1_000},
         {"rows": 100_000, "share": 0.01, "latency": "0.02-0.05", "rows_per_s": 500},
     ),
     "poison, named": Entry(
@@ -58,11 +60,13 @@ PLAN: Mapping[str, Entry] = {
     "crashes": Entry(
         6,
         crashes,
-        {"rows": 4_000, "share": 0.0008, "latency": "0.01-0.02", "rows_per_s": 600},
+        {"rows": 3_000, "share": 0.001, "latency": "0.01-0.02", "rows_per_s": 600},
         {"rows": 200_000, "share": 0.0001, "latency": "0.02-0.05", "rows_per_s": 500},
     ),
-    "cancels": Entry(8, cancels, {"count": 2_000, "floods": 8}, {"count": 100_000, "floods": 200}),
-    "flood": Entry(11, flood, {"seconds": 3.0, "times": 100.0}, {"seconds": 600.0, "times": 100.0}),
-    "slow": Entry(14, slow, {"seconds": 4.0, "ejection_s": 2.0}, {"seconds": 300.0, "ejection_s": 30.0}),
-    "flapping": Entry(14, flapping, {"seconds": 4.0, "ejection_s": 2.0}, {"seconds": 300.0, "ejection_s": 30.0}),
+    "cancels": Entry(8, cancels, {"count": 2_000, "floods": 5}, {"count": 100_000, "floods": 200}),
+    "overload": Entry(10, overload, {"levels": (1.2, 4.0, 10.0), "seconds": 2.0}, {"levels": LEVELS, "seconds": 600.0}),
+    "flood": Entry(11, flood, {"seconds": 2.5, "times": 100.0}, {"seconds": 600.0, "times": 100.0}),
+    # Ejected for longer than the small windows last, or every second one would hold a trial of a replica that still fails.
+    "slow": Entry(14, slow, {"seconds": 2.5, "ejection_s": 5.0}, {"seconds": 300.0, "ejection_s": 30.0}),
+    "flapping": Entry(14, flapping, {"seconds": 2.5, "ejection_s": 5.0}, {"seconds": 300.0, "ejection_s": 30.0}),
 }
