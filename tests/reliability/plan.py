@@ -66,7 +66,7 @@ PLAN: Mapping[str, Entry] = {
     "cancels": Entry(8, cancels, {"count": 2_000, "floods": 5}, {"count": 100_000, "floods": 200}),
     "overload": Entry(10, overload, {"levels": (1.2, 4.0, 10.0), "seconds": 2.0}, {"levels": LEVELS, "seconds": 600.0}),
     "flood": Entry(11, flood, {"seconds": 2.5, "times": 100.0}, {"seconds": 600.0, "times": 100.0}),
-    # Ejected for longer than the small windows last, or every second one would hold a trial of a replica that still fails.
+    # Ejected for longer than the small windows last: in so few seconds one trial of a replica that fails weighs much.
     "slow": Entry(14, slow, {"seconds": 2.5, "ejection_s": 5.0}, {"seconds": 300.0, "ejection_s": 30.0}),
     "flapping": Entry(14, flapping, {"seconds": 2.5, "ejection_s": 5.0}, {"seconds": 300.0, "ejection_s": 30.0}),
 }

@@ -15,8 +15,8 @@ from typing import Any
 from tests.reliability.cluster import Router
 from tests.reliability.ledger import Ledger
 
-# A ledger and a router at full load on two cores stand in line for about 2 % of the time; beside a compiler it is 30 %.
-MOST_WAITING = 0.08
+# Router, model servers and ledger on two cores of their own stand in line for 3-6 % of the time; beside other work 10-50.
+MOST_WAITING = 0.1
 
 
 class Strain:

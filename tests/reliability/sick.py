@@ -14,7 +14,7 @@ from tests.reliability.report import Report
 
 KEY = Key("churn", "buyer", 4)
 REPLICAS = 4
-MAX_BATCH_ROWS = 16
+MAX_BATCH_ROWS = 64
 CALLS_PER_S = 250
 EJECTED_S, BACK_S = 10.0, 60.0
 
