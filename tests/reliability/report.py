@@ -15,7 +15,7 @@ from typing import Any
 from tests.reliability.cluster import Router
 from tests.reliability.ledger import Ledger
 
-# Router, model servers and ledger on two cores of their own stand in line for 3-6 % of the time; beside other work 10-50.
+# Router, model servers and ledger on two cores of their own are in line for 3-6 % of the time; beside other work 10-50.
 MOST_WAITING = 0.1
 
 
