@@ -4,6 +4,7 @@ PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
 LOCK_ARGS ?=
 BENCH_ARGS ?=
+SOAK_ARGS ?=
 LOAD_ARGS ?=
 BIN := .venv/bin
 VENV := .venv/.synced
@@ -14,7 +15,7 @@ GHZ := .tools/ghz-$(GHZ_VERSION)
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install run test bench load-rest load-grpc check format protos lock clean
+.PHONY: help venv install run test soak grid bench load-rest load-grpc check format protos lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +36,13 @@ run: $(VENV) ## start mock, router and gateway; Ctrl-C drains and stops them
 
 test: $(VENV) ## run all tests, two files at a time; PYTEST_ARGS="-k batch -x" for some, TEST_WORKERS=0 for one by one
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+soak: $(VENV) ## the rows of the reliability plan at their full counts, hours; SOAK_ARGS="kills cancels" for some
+	@$(BIN)/python -m tests.reliability --full $(SOAK_ARGS)
+
+grid: $(VENV) ## the release against a plain one over 528 kinds of model and traffic, a quarter of an hour; var/grid.svg
+	@mkdir -p var
+	@$(BIN)/python -m router.simulate.grid --svg var/grid.svg
 
 bench: $(VENV) ## measure speed, about nine minutes; BENCH_ARGS="--quick" for one and a half
 	@$(BIN)/python -m bench $(BENCH_ARGS)

@@ -47,8 +47,8 @@ def draw(answers: Sequence[Answer], title: str) -> str:
     size = {"viewBox": f"0 0 {width} {height}", "width": f"{width}", "height": f"{height}"}
     style = {"font-family": "sans-serif", "font-size": "12", "fill": INK}
     root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", **size, **style})
-    _box(root, 0, 0, width, height, "#ffffff")
-    _text(root, MARGIN, 25, title, size=14)
+    box(root, 0, 0, width, height, "#ffffff")
+    text(root, MARGIN, 25, title, size=14)
     _legend(root, list(dict.fromkeys(answer.scenario.policy for answer in answers)))
     for number, panel in enumerate(PANELS):
         row, column = divmod(number, COLUMNS)
@@ -58,7 +58,7 @@ def draw(answers: Sequence[Answer], title: str) -> str:
 
 
 def _panel(parent: ET.Element, panel: Panel, answers: Sequence[Answer]) -> None:
-    _text(parent, 0, 20, panel.title)
+    text(parent, 0, 20, panel.title)
     settings = list(dict.fromkeys(_setting(answer) for answer in answers))
     policies = list(dict.fromkeys(answer.scenario.policy for answer in answers))
     values = [value if math.isfinite(value := panel.value(answer)) else 0.0 for answer in answers]
@@ -68,12 +68,12 @@ def _panel(parent: ET.Element, panel: Panel, answers: Sequence[Answer]) -> None:
     for answer, value in zip(answers, values, strict=True):
         place = settings.index(_setting(answer)) * bunch + (policies.index(answer.scenario.policy) + 0.5) * bar
         height = BAR_ROOM * value / highest
-        _box(parent, place, BASE - height, bar * 0.92, height, COLOURS[answer.scenario.policy])
+        box(parent, place, BASE - height, bar * 0.92, height, COLOURS[answer.scenario.policy])
         if bar > 20:
-            _text(parent, place + bar * 0.46, BASE - height - 3, f"{value:.3g}", size=9, anchor="middle")
+            text(parent, place + bar * 0.46, BASE - height - 3, f"{value:.3g}", size=9, anchor="middle")
     for number, setting in enumerate(settings):
-        _text(parent, (number + 0.5) * bunch, BASE + 15, setting, size=10, anchor="middle")
-    _box(parent, 0, BASE, PANEL_WIDTH, 1, INK)
+        text(parent, (number + 0.5) * bunch, BASE + 15, setting, size=10, anchor="middle")
+    box(parent, 0, BASE, PANEL_WIDTH, 1, INK)
 
 
 def _setting(answer: Answer) -> str:
@@ -83,16 +83,18 @@ def _setting(answer: Answer) -> str:
 def _legend(root: ET.Element, policies: Sequence[str]) -> None:
     for number, policy in enumerate(policies):
         left = MARGIN + 110 * number
-        _box(root, left, 38, 12, 12, COLOURS[policy])
-        _text(root, left + 18, 48, policy)
-    _text(root, MARGIN + 110 * len(policies) + 18, 48, "below the bars: replicas x max_batch_size")
+        box(root, left, 38, 12, 12, COLOURS[policy])
+        text(root, left + 18, 48, policy)
+    text(root, MARGIN + 110 * len(policies) + 18, 48, "below the bars: replicas x max_batch_size")
 
 
-def _box(parent: ET.Element, left: float, top: float, width: float, height: float, fill: str) -> None:
+def box(parent: ET.Element, left: float, top: float, width: float, height: float, fill: str) -> None:
+    """A filled rectangle."""
     numbers = {"x": left, "y": top, "width": width, "height": height}
     ET.SubElement(parent, "rect", {**{name: f"{value:.1f}" for name, value in numbers.items()}, "fill": fill})
 
 
-def _text(parent: ET.Element, left: float, base: float, text: str, *, size: int = 12, anchor: str = "start") -> None:
+def text(parent: ET.Element, left: float, base: float, text: str, *, size: int = 12, anchor: str = "start") -> None:
+    """A line of text, from its base line up."""
     place = {"x": f"{left:.1f}", "y": f"{base:.1f}", "font-size": f"{size}", "text-anchor": anchor}
     ET.SubElement(parent, "text", place).text = text

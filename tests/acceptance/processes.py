@@ -1,9 +1,12 @@
 """Whole programs as a user starts them, told apart by their stderr; every wait is for a line or for an exit."""
 
+import itertools
 import os
 import queue
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -69,6 +72,10 @@ class Program:
             self.lines.append(line)
         return code
 
+    def wait_long(self) -> int:
+        """The exit code, however long that takes; what it said then is read by nobody."""
+        return self._process.wait()
+
     def stdout(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.read()
@@ -92,3 +99,20 @@ def running(*arguments: str, **environment: str) -> Iterator[Program]:
         yield program
     finally:
         program.end()
+
+
+def fixed_ports(count: int) -> list[int]:
+    """Free ports outside of the range from which the kernel gives ports to clients: nobody takes them in between."""
+    of_clients = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first_of_clients = int(of_clients.read_text().split()[0]) if of_clients.exists() else 49152  # macOS, RFC 6335
+    candidates = random.sample(range(first_of_clients - 20_000, first_of_clients), 100)
+    return list(itertools.islice(filter(_is_free, candidates), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

@@ -16,12 +16,10 @@ import random
 import re
 import select
 import signal
-import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import grpc.aio
@@ -32,7 +30,7 @@ from mock_nn.models import expected
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from protos.inference_router.v1 import inference_router_pb2_grpc as pb_grpc
 from router_client import Agent, RouterClient
-from tests.acceptance.processes import Program
+from tests.acceptance.processes import Program, fixed_ports
 
 pytestmark = pytest.mark.anyio
 
@@ -62,23 +60,6 @@ class Refused(Exception):
 
 
 # The programs
-
-
-def fixed_ports(count: int) -> list[int]:
-    """Free ports outside of the range from which the kernel gives ports to clients: nobody takes them in between."""
-    of_clients = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    first_of_clients = int(of_clients.read_text().split()[0]) if of_clients.exists() else 49152  # macOS, RFC 6335
-    candidates = random.sample(range(first_of_clients - 20_000, first_of_clients), 100)
-    return list(itertools.islice(filter(_is_free, candidates), count))
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 class Stack:

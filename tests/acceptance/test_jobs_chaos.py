@@ -48,8 +48,7 @@ from tests.acceptance.chaos import (
     too_many_runs,
     wrong_ends,
 )
-from tests.acceptance.processes import Program
-from tests.acceptance.test_drain import fixed_ports
+from tests.acceptance.processes import Program, fixed_ports
 from tests.postgres import Postgres
 
 pytestmark = pytest.mark.anyio
