@@ -76,7 +76,7 @@ class Batcher:
         # what is in flight, with its tasks; the timer and when it rings; whether `_pump` is about to run; what came
         # since it last ran; when the last row came or went.
         self._queue = queue
-        self._admission = Admission(queue.seats)
+        self._admission = Admission()
         self._recovery = Recovery(
             self,
             model_name=key.model_name,
@@ -121,6 +121,11 @@ class Batcher:
         ahead = self._queue.rows_ahead(block.tenant, block.is_batch_class, block.rows) if rows else 0
         admission.check(ahead + block.rows - 1 if ahead else 0, left_s, returns_s, keys)
 
+    def _update_admission(self) -> None:
+        slots = self._slots
+        times = self._policy.service_times
+        self._admission.update(times, batch_rows=self._queue.seats, slots=slots.usable, keys=slots.waiting_keys)
+
     def discard(self, block: Block) -> None:
         """Forget what waits of a block; rows in flight go on for their neighbours."""
         if self._queue.discard(block) and not self._queue.rows:
@@ -156,8 +161,7 @@ class Batcher:
         self._recovery.retries = retries
         self._contract = contract
         self._hedging.is_allowed = retries > 0
-        self._admission = Admission(self._queue.seats)
-        self._admission.update(self._policy.service_times, self._slots.usable, self._slots.waiting_keys)
+        self._update_admission()
         if self._queue.rows:
             self._pump_soon()
 
@@ -352,7 +356,7 @@ class Batcher:
             logger.exception("batch %s failed inside the router; this is a bug", batch.id)
             fail(batch.parts, InternalError())
         else:
-            self._answered(batch, answer)
+            await self._answered(batch, answer)
         finally:
             alarm.cancel()
             del self._in_flight[batch]
@@ -366,15 +370,23 @@ class Batcher:
         self._hedged_batches.inc(may_hedge)
         return may_hedge
 
-    def _answered(self, batch: Batch, answer: BatchAnswer) -> None:
+    async def _answered(self, batch: Batch, answer: BatchAnswer) -> None:
+        """Learn from an answer, and hand it out.
+
+        With rows waiting the slot's next batch goes first: it is formed on the loop's next turn and sent on the one
+        after. Handing out takes a millisecond or so, in which the model would have nothing to do.
+        """
         service_s = answer.answered_at - answer.dispatched_at
         self._policy.completed(answer.replica, batch.rows, service_s, answer.answered_at)
-        self._admission.update(self._policy.service_times, self._slots.usable, self._slots.waiting_keys)
+        self._update_admission()
         if answer.fault and self._recovery.asks_another(batch, answer.fault, answer.replica):
             return
         self._batches("answered").inc()
         self._batch_seconds.observe(service_s)
         self._recovery.answered(batch)
+        if self._slots.waiting_keys:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
         if answer.row_errors:
             self._hand_out_rows(batch, answer, answer.row_errors)
             return

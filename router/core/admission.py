@@ -42,19 +42,16 @@ MAX_RETRY_AFTER_S = 60.0
 
 
 class Admission:
-    """What one key knows of the time that a row spends here.
-
-    batch_rows: of a full batch.
-    """
+    """What one key knows of the time that a row spends here."""
 
     __slots__ = ("_batch_rows", "_least_s", "_refused", "_row_s", "_service_s", "give_up_s", "p90_s")
 
-    def __init__(self, batch_rows: int) -> None:
-        self._batch_rows = batch_rows
-        # State: S of a full batch; seconds that a row ahead costs on the average (0: unknown); S_min, before which no
-        # answer is there, and S_p90 of a full batch, when most are (0 while too little was measured); rows that had
-        # less than S_min since the last call; how long before its deadline a row that waits should be given up: S_min,
-        # but nothing while a trial is on its way.
+    def __init__(self) -> None:
+        # State: rows and S of a full batch; seconds that a row ahead costs on the average (0: unknown); S_min, before
+        # which no answer is there, and S_p90 of a full batch, when most are (0 while too little was measured); rows
+        # that had less than S_min since the last call; how long before its deadline a row that waits should be given
+        # up: S_min, but nothing while a trial is on its way.
+        self._batch_rows = 1
         self._service_s = self._row_s = 0.0
         self._least_s = self.p90_s = 0.0
         self._refused = 0
@@ -63,9 +60,14 @@ class Admission:
     def __repr__(self) -> str:
         return f"<Admission {self._row_s:.4g} s per row ahead, then {self.p90_s:.4g} s>"
 
-    def update(self, times: ServiceTimes, slots: int, keys: int) -> None:
-        """The model has `slots` on replicas that are there (0: none, or no limit), for which `keys` wait."""
-        line, rows = times.overall, self._batch_rows
+    def update(self, times: ServiceTimes, *, batch_rows: int, slots: int, keys: int) -> None:
+        """A call has come back: what is known now.
+
+        batch_rows: of a full batch. slots: of the model on replicas that are there, 0: none, or no limit; `keys` wait
+        for them.
+        """
+        line, rows = times.overall, batch_rows
+        self._batch_rows = batch_rows
         self._refused = 0
         self._service_s = line.predict(rows)
         self._row_s = max(keys, 1) * self._service_s / (slots * rows) if slots else 0.0

@@ -253,9 +253,7 @@ class Simulation:
             weights=setup.tenant_weights,
             patience_s=setup.batch_class_patience_s,
         )
-        key = self._keys[name] = _Key(
-            BatchKey("model", "", name, ()), queue, setup.policy(), Admission(setup.max_batch_size)
-        )
+        key = self._keys[name] = _Key(BatchKey("model", "", name, ()), queue, setup.policy(), Admission())
         return key
 
     def _return_caller(self, block: Block, now: float) -> None:
@@ -373,7 +371,10 @@ class Simulation:
         flight.key.blocks_in_flight -= len(flight.parts)
         self._ask_held_again()
         flight.key.policy.completed(str(flight.replica), flight.rows, now - flight.started_at, now)
-        flight.key.admission.update(flight.key.policy.service_times, self._setup.slots, self._waiting_keys)
+        key, setup = flight.key, self._setup
+        key.admission.update(
+            key.policy.service_times, batch_rows=setup.max_batch_size, slots=setup.slots, keys=self._waiting_keys
+        )
         self._count(flight, now)
         touched[flight.key] = None
 

@@ -708,6 +708,37 @@ async def test_a_trial_of_a_model_that_was_slow_for_long_is_not_given_up_while_i
         assert again.values == [16]
 
 
+class Witness(RecordingReply):
+    """Notes how many batches had been sent when its answer came."""
+
+    def __init__(self, backend: FakeBackend) -> None:
+        super().__init__()
+        self.sent_before: list[int] = []
+        self._backend = backend
+
+    def answered(self, part: Part, answer: BatchAnswer, offset: int, *, is_last: bool) -> None:
+        self.sent_before.append(len(self._backend.sent))
+        super().answered(part, answer, offset, is_last=is_last)
+
+
+async def test_while_rows_wait_the_next_batch_is_sent_before_answers_are_handed_out() -> None:
+    """To hand out 64 answers takes a millisecond, in which the model had nothing to do."""
+    backend = FakeBackend()
+    async with plane_of(backend) as plane:
+        witness = Witness(backend)
+        call = plane.plane.open(witness, 4, 60.0)
+        block = make_block(1, 2, 3, 4)
+        plane.plane.infer(call, [Block(block.key, 0, 0, 4, block.inputs, 4, plane.loop.time(), 60.0, call)])
+        await settle()
+        plane.call([5, 6, 7, 8])
+        await settle()
+        backend.sent[0].answer()
+        await settle()
+        assert witness.sent_before == [2]
+        backend.sent[1].answer()
+        await settle()
+
+
 async def test_past_the_queues_bound_the_time_to_retry_follows_from_the_drain_rate() -> None:
     async with plane_of(FakeBackend(service_s=5.0), limits={"max_queued_rows": 4}) as plane:
         await measured(plane, 1)

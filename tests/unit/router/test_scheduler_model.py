@@ -22,11 +22,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from router.config import Settings
 from router.core.types import Batch, BatchAnswer, Block
 from router.dataplane import Call, DataPlane
-from router.dispatch.pool import ReplicaPool
 from router.errors import BackendError, BackendExhausted, BatchTimeout, Malformed, Refused, StreamLost
 from router.metrics import Metrics
 from tests.builders import make_block, make_key
-from tests.unit.router.fakes import FakeBackend, RecordingReply, Sent
+from tests.unit.router.fakes import FakeBackend, RecordingReply, Sent, pool_of
 from tests.virtual_time import VirtualTimeLoop
 
 REPLICAS, SLOTS = 2, 2
@@ -117,7 +116,7 @@ class World:
             limits={"max_queued_rows": MAX_QUEUED_ROWS},  # type: ignore[arg-type]
         )
         self.backends = [Chancy(f"fake:{number}", self.story, self.tape) for number in range(REPLICAS)]
-        self.pool = ReplicaPool(self.backends, SLOTS)
+        self.pool = pool_of(*self.backends, max_in_flight=SLOTS)
         self.pool.start()
         self.metrics = Metrics()
         self.plane = DataPlane(config, {"fake": self.pool}, self.metrics)

@@ -21,8 +21,8 @@ def admission_after(calls: int, service_s: float = 5.0, *, batch_rows: int = 64,
     times = ServiceTimes()
     for _ in range(calls):
         times.observe("replica:1", batch_rows, service_s)
-    admission = Admission(batch_rows)
-    admission.update(times, slots, keys=1)
+    admission = Admission()
+    admission.update(times, batch_rows=batch_rows, slots=slots, keys=1)
     return admission
 
 
@@ -52,7 +52,7 @@ def test_of_rows_that_have_no_hope_one_in_twenty_is_tried() -> None:
     times = ServiceTimes()
     for _ in range(MIN_CALLS):
         times.observe("replica:1", 64, 5.0)
-    admission.update(times, 4, keys=1)
+    admission.update(times, batch_rows=64, slots=4, keys=1)
     admission.check(0, 10.0, FREE_SLOT, 1)
 
 
@@ -60,9 +60,9 @@ def test_nothing_is_tried_while_the_model_answers_or_without_any_time() -> None:
     times = ServiceTimes()
     for _ in range(MIN_CALLS):
         times.observe("replica:1", 64, 50.0)
-    admission = Admission(64)
+    admission = Admission()
     for _ in range(3 * REFUSED_PER_TRIAL):
-        admission.update(times, 4, keys=1)
+        admission.update(times, batch_rows=64, slots=4, keys=1)
         with pytest.raises(DeadlineExceeded):
             admission.check(0, 10.0, FREE_SLOT, 1)
     for _ in range(3 * REFUSED_PER_TRIAL):
@@ -74,8 +74,8 @@ def test_with_nothing_ahead_a_row_is_taken_though_it_will_hardly_be_in_time() ->
     times = ServiceTimes()
     for number in range(100):
         times.observe("replica:1", 64, 5.0 if number < 50 else 7.0)
-    admission = Admission(64)
-    admission.update(times, 1, keys=1)
+    admission = Admission()
+    admission.update(times, batch_rows=64, slots=1, keys=1)
     assert admission.p90_s > 6
     admission.check(0, 5.5, [4.0], 1)
     with pytest.raises(ResourceExhausted):
@@ -119,7 +119,7 @@ def test_without_a_limit_or_a_replica_nothing_is_estimated() -> None:
 
 
 def test_a_retry_is_told_by_the_drain_rate_within_bounds() -> None:
-    assert Admission(64).retry_after_s(64) == DEFAULT_RETRY_AFTER_S
+    assert Admission().retry_after_s(64) == DEFAULT_RETRY_AFTER_S
     admission = admission_after(MIN_CALLS)  # 4 slots of 64 rows in 5 s: 51.2 rows a second
     assert admission.retry_after_s(512) == pytest.approx(10.0)
     assert admission.retry_after_s(10**6) == MAX_RETRY_AFTER_S
