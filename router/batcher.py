@@ -21,6 +21,7 @@ from router.core.isolation import Piece
 from router.core.policy import Hold, Policy, View, change_policy
 from router.core.queue import KeyQueue
 from router.core.retry import count_rows
+from router.core.service_time import FAST_S
 from router.core.types import Batch, BatchAnswer, BatchKey, Block, Contract, Part
 from router.core.variable_queue import set_bounds
 from router.dispatch.pool import ReplicaPool
@@ -101,9 +102,12 @@ class Batcher:
 
     def infer(self, block: Block) -> None:
         """Queue a block; its recipient hears of every row. Raises RouterError when it is refused."""
+        admission, queue = self._admission, self._queue
         try:
-            self._admit(block)
-            self._queue.push(block)
+            # Who has as much time is in time however the slots come back. This is done for every block.
+            if (queue.rows + block.rows) * admission.row_s + admission.own_s > block.deadline - block.arrived_at:
+                self._admit(block)
+            queue.push(block)
         except ResourceExhausted as error:
             error.retry_after_s = error.retry_after_s or self._admission.retry_after_s(block.rows)
             raise
@@ -114,12 +118,10 @@ class Batcher:
 
     def _admit(self, block: Block) -> None:
         """Refuse what cannot be in time. Raises RouterError."""
-        admission, rows, left_s = self._admission, self._queue.rows, block.deadline - block.arrived_at
-        if admission.is_sure(rows + block.rows, left_s):
-            return
+        queue, left_s = self._queue, block.deadline - block.arrived_at
         keys, returns_s = self._slots.waiting_keys, self._slots.returns_s(block.arrived_at)
-        ahead = self._queue.rows_ahead(block.tenant, block.is_batch_class, block.rows) if rows else 0
-        admission.check(ahead + block.rows - 1 if ahead else 0, left_s, returns_s, keys)
+        ahead = queue.rows_ahead(block.tenant, block.is_batch_class, block.rows) if queue.rows else 0
+        self._admission.check(ahead + block.rows - 1 if ahead else 0, left_s, returns_s, keys)
 
     def _update_admission(self) -> None:
         slots = self._slots
@@ -232,12 +234,14 @@ class Batcher:
         A call has one deadline, so the first of its rows that is found late ends all of it, here and elsewhere. Rows
         that no call of the key was ever fast enough for fail alone: others of their call may be faster.
         """
-        for block in self._queue.pop_expired(now + CLOCK_SLACK_S):
-            block.recipient.expire()
-        least_s = self._admission.give_up_s
-        if least_s:
-            self._give_up(self._queue.pop_infeasible(now + CLOCK_SLACK_S, least_s), "at least", least_s, now)
-        self._recovery.expire(now + CLOCK_SLACK_S)
+        due, least_s = now + CLOCK_SLACK_S, self._admission.give_up_s
+        if self._queue.earliest_deadline - least_s <= due:
+            for block in self._queue.pop_expired(due):
+                block.recipient.expire()
+            if least_s:
+                self._give_up(self._queue.pop_infeasible(due, least_s), "at least", least_s, now)
+        if self._recovery.wake_at <= due:
+            self._recovery.expire(due)
 
     def _yield_seats(self, slots: ModelSlots, now: float) -> None:
         """With more rows than seats those that will probably be late leave theirs to others, as far as there are any.
@@ -374,7 +378,8 @@ class Batcher:
         """Learn from an answer, and hand it out.
 
         With rows waiting the slot's next batch goes first: it is formed on the loop's next turn and sent on the one
-        after. Handing out takes a millisecond or so, in which the model would have nothing to do.
+        after. Handing out takes a millisecond or so, in which the model would have nothing to do. With the fastest
+        models it is the router that has too much to do, and two more turns of the loop are no help.
         """
         service_s = answer.answered_at - answer.dispatched_at
         self._policy.completed(answer.replica, batch.rows, service_s, answer.answered_at)
@@ -384,7 +389,7 @@ class Batcher:
         self._batches("answered").inc()
         self._batch_seconds.observe(service_s)
         self._recovery.answered(batch)
-        if self._slots.waiting_keys:
+        if self._slots.waiting_keys and service_s >= FAST_S:
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         if answer.row_errors:

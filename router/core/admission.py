@@ -44,21 +44,22 @@ MAX_RETRY_AFTER_S = 60.0
 class Admission:
     """What one key knows of the time that a row spends here."""
 
-    __slots__ = ("_batch_rows", "_least_s", "_refused", "_row_s", "_service_s", "give_up_s", "p90_s")
+    __slots__ = ("_batch_rows", "_least_s", "_refused", "_service_s", "give_up_s", "own_s", "p90_s", "row_s")
 
     def __init__(self) -> None:
-        # State: rows and S of a full batch; seconds that a row ahead costs on the average (0: unknown); S_min, before
-        # which no answer is there, and S_p90 of a full batch, when most are (0 while too little was measured); rows
-        # that had less than S_min since the last call; how long before its deadline a row that waits should be given
-        # up: S_min, but nothing while a trial is on its way.
+        # State: rows and S of a full batch; seconds that a row ahead costs on the average (0: unknown), and that a row
+        # spends at most with none ahead, so that who has as much time need not be looked at; S_min, before which no
+        # answer is there, and S_p90 of a full batch, when most are (0 while too little was measured); rows that had
+        # less than S_min since the last call; how long before its deadline a row that waits should be given up: S_min,
+        # but nothing while a trial is on its way.
         self._batch_rows = 1
-        self._service_s = self._row_s = 0.0
+        self._service_s = self.row_s = self.own_s = 0.0
         self._least_s = self.p90_s = 0.0
         self._refused = 0
         self.give_up_s = 0.0
 
     def __repr__(self) -> str:
-        return f"<Admission {self._row_s:.4g} s per row ahead, then {self.p90_s:.4g} s>"
+        return f"<Admission {self.row_s:.4g} s per row ahead, then {self.p90_s:.4g} s>"
 
     def update(self, times: ServiceTimes, *, batch_rows: int, slots: int, keys: int) -> None:
         """A call has come back: what is known now.
@@ -70,13 +71,10 @@ class Admission:
         self._batch_rows = batch_rows
         self._refused = 0
         self._service_s = line.predict(rows)
-        self._row_s = max(keys, 1) * self._service_s / (slots * rows) if slots else 0.0
+        self.row_s = max(keys, 1) * self._service_s / (slots * rows) if slots else 0.0
         self.p90_s = times.likely_s(rows)
+        self.own_s = self._service_s + self.p90_s
         self._least_s = self.give_up_s = times.least_s
-
-    def is_sure(self, rows: int, left_s: float) -> bool:
-        """Whether they would be in time as the last of all `rows`, however slots come back. Costs 0.1 us."""
-        return rows * self._row_s + self._service_s + self.p90_s <= left_s
 
     def check(self, rows_ahead: int, left_s: float, returns_s: Sequence[float], keys: int) -> None:
         """Take or refuse rows behind `rows_ahead` others that have `left_s` until their deadline.
@@ -112,7 +110,7 @@ class Admission:
 
     def retry_after_s(self, rows: int) -> float:
         """When so many rows will have left the queue."""
-        return _clamp(rows * self._row_s) if self._row_s else DEFAULT_RETRY_AFTER_S
+        return _clamp(rows * self.row_s) if self.row_s else DEFAULT_RETRY_AFTER_S
 
 
 def _clamp(seconds: float) -> float:

@@ -294,6 +294,11 @@ class KeyQueue:
     # -- deadlines ---------------------------------------------------------------------------------------------------
 
     @property
+    def earliest_deadline(self) -> float:
+        """No waiting block has an earlier one; infinity when none waits. At hand, where `wake_at` has to look."""
+        return self._deadlines[0][0] if self._deadlines else math.inf
+
+    @property
     def wake_at(self) -> float:
         """The next deadline of a waiting block, which may be later than was noted; infinity when none waits."""
         while self._deadlines:

@@ -268,7 +268,7 @@ class Simulation:
 
     def _admit(self, key: _Key, block: Block, now: float) -> None:
         rows, left_s = key.queue.rows, block.deadline - now
-        if key.admission.is_sure(rows + block.rows, left_s):
+        if (rows + block.rows) * key.admission.row_s + key.admission.own_s <= left_s:
             return
         busy = sorted(max(back_at - now, 0.0) for back_at in self._back_at.values())
         returns_s = [0.0] * (self._setup.slots - self.busy) + busy

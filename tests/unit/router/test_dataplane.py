@@ -731,7 +731,7 @@ async def test_while_rows_wait_the_next_batch_is_sent_before_answers_are_handed_
         plane.plane.infer(call, [Block(block.key, 0, 0, 4, block.inputs, 4, plane.loop.time(), 60.0, call)])
         await settle()
         plane.call([5, 6, 7, 8])
-        await settle()
+        await asyncio.sleep(1)
         backend.sent[0].answer()
         await settle()
         assert witness.sent_before == [2]

@@ -107,13 +107,13 @@ def test_keys_of_one_model_share_its_slots() -> None:
 def test_whoever_is_surely_in_time_would_be_taken_by_the_closer_look() -> None:
     admission = admission_after(MIN_CALLS)
     for rows in (1, 63, 64, 65, 500, 5000):
-        left_s = next(left / 10 for left in range(10_000) if admission.is_sure(rows, left / 10))
+        left_s = next(left / 10 for left in range(10_000) if rows * admission.row_s + admission.own_s <= left / 10)
         admission.check(rows - 1, left_s, [5.0] * 4, 1)
 
 
 def test_without_a_limit_or_a_replica_nothing_is_estimated() -> None:
     admission = admission_after(MIN_CALLS, slots=0)
-    assert admission.is_sure(10**6, 10.0)
+    assert 10**6 * admission.row_s + admission.own_s <= 10.0
     admission.check(10**6, 6.0, [], 1)
     assert admission.retry_after_s(64) == DEFAULT_RETRY_AFTER_S
 
