@@ -116,7 +116,8 @@ class Turns:
     def _turn(self, lane: Lane, room: Room, seats: int, due_by: float) -> None:
         """What the lane has credit for; its turn ends, unless the room does first."""
         share = int(lane.credit + ROUNDING)
-        waiting = lane.rows if due_by == math.inf else lane.count_until(due_by, share)
+        # One more than its share tells whether any are left: a lane with a fraction of a row of credit keeps it.
+        waiting = lane.rows if due_by == math.inf else lane.count_until(due_by, share + 1)
         wanted = min(share, waiting)
         taken = lane.take(min(wanted, seats), room)
         lane.credit = 0.0 if taken == waiting else lane.credit - taken

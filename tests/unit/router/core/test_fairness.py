@@ -265,6 +265,17 @@ def test_a_tenant_without_further_due_rows_keeps_no_credit_for_those_to_come() -
     assert shares(queue.pop_batch(PATIENCE_S + 1.0)) == {"a": 1, "b": 1, "c": 14}
 
 
+def test_due_rows_of_a_light_tenant_go_in_proportion_to_a_heavy_ones() -> None:
+    queue = make_queue(max_batch_rows=16, weights={"gold": 3})
+    offer(queue, "gold", 200, is_batch_class=True)
+    offer(queue, "other", 200, is_batch_class=True)
+    offer(queue, "c", 1000)
+    served: Counter[str] = Counter()
+    for _ in range(40):
+        served.update(shares(queue.pop_batch(PATIENCE_S)))
+    assert served == {"gold": 60, "other": 20, "c": 560}
+
+
 # -- tenants apart ---------------------------------------------------------------------------------------------------
 
 
