@@ -1,8 +1,8 @@
 """A section: the lanes whose rows may share batches, in two classes; and whose batch is next where there are several.
 
 Interactive rows have the seats of a batch, batch rows those that are left. Batch rows that have waited too long are
-due: they go before all others, but take an eighth of the seats at most (one at least) while interactive rows wait, so
-they neither starve nor displace.
+due: they go before all others, but take an eighth of seats and bytes at most (one row at least) while interactive rows
+wait, so they neither starve nor displace. Where one row is a whole batch the classes take turns.
 
 Nearly always one section holds all lanes. A tenant that must not share batches has a section of its own, which gets
 whole batches. Then batches are dealt out by smooth weighted round robin (as in nginx): each section is given its
@@ -16,19 +16,21 @@ from collections.abc import Sequence
 from router.core.lane import Lane, Room
 from router.core.turns import LaneMaker, Turns
 
-# Part of the seats that is for due batch rows while interactive rows wait.
+# Part of seats and bytes that is for due batch rows while interactive rows wait.
 DUE_SHARE = 8
 
 
 class Section:
     """Lanes that share batches. `credit`: batches that it has been given and has not had."""
 
-    __slots__ = ("batch", "credit", "interactive")
+    __slots__ = ("_due_had_all", "batch", "credit", "interactive")
 
     def __init__(self, make_lane: LaneMaker) -> None:
         self.interactive = Turns(make_lane, is_batch_class=False)
         self.batch = Turns(make_lane, is_batch_class=True)
         self.credit = 0.0
+        # State: whether due rows left nothing of the last batch to interactive ones that waited.
+        self._due_had_all = False
 
     @property
     def lanes(self) -> list[Lane]:
@@ -47,9 +49,21 @@ class Section:
     def fill(self, room: Room, due_by: float) -> None:
         """Move rows into the room, which is empty. Batch rows are due that arrived at `due_by` or before."""
         if self.batch.lanes and self.interactive.weight:
-            self.batch.fill(room, max(room.rows // DUE_SHARE, 1), due_by)
-        self.interactive.fill(room, room.rows)
+            self._fill_both(room, due_by)
+        else:
+            self.interactive.fill(room, room.rows)
         self.batch.fill(room, room.rows)
+
+    def _fill_both(self, room: Room, due_by: float) -> None:
+        """The share of due rows, then interactive ones; all seats are theirs, if they got none the last time."""
+        if not self._due_had_all:
+            rows, max_bytes = room.rows, room.max_bytes
+            room.max_bytes = max_bytes / DUE_SHARE
+            self.batch.fill(room, max(rows // DUE_SHARE, 1), due_by)
+            room.rows, room.max_bytes = rows - room.taken_rows, max_bytes
+        due_rows = room.taken_rows
+        self.interactive.fill(room, room.rows)
+        self._due_had_all = room.taken_rows == due_rows
 
 
 def choose(sections: Sequence[Section], due_by: float) -> Section:

@@ -265,6 +265,30 @@ def test_a_tenant_without_further_due_rows_keeps_no_credit_for_those_to_come() -
     assert shares(queue.pop_batch(PATIENCE_S + 1.0)) == {"a": 1, "b": 1, "c": 14}
 
 
+def test_where_one_row_is_a_batch_due_and_interactive_rows_take_turns() -> None:
+    queue = make_queue(max_batch_rows=1)
+    offer(queue, "a", 20, is_batch_class=True)
+    offer(queue, "a", 20)
+    assert [classes(queue.pop_batch(PATIENCE_S)) for _ in range(4)] == [(0, 1), (1, 0), (0, 1), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("width", "due_first"), [(6, [(7, 1), (7, 1)]), (15, [(3, 1), (3, 1)]), (76, [(0, 1), (1, 0)])]
+)
+def test_due_texts_take_an_eighth_of_the_bytes_and_one_text_at_least(
+    width: int, due_first: list[tuple[int, int]]
+) -> None:
+    queue = VariableQueue(
+        max_batch_rows=64, max_batch_bytes=80, max_rows=1000, budget=Budget(100_000), patience_s=PATIENCE_S
+    )
+    for is_batch_class in (True, False):
+        for _ in range(100):
+            block = make_texts("x" * width)
+            block.is_batch_class = is_batch_class
+            queue.push(block)
+    assert [classes(queue.pop_batch(PATIENCE_S)) for _ in due_first] == due_first
+
+
 def test_due_rows_of_a_light_tenant_go_in_proportion_to_a_heavy_ones() -> None:
     queue = make_queue(max_batch_rows=16, weights={"gold": 3})
     offer(queue, "gold", 200, is_batch_class=True)
