@@ -117,7 +117,9 @@ class ModelSlots:
         return bool(self._waiting or self._held or self._resting)
 
     def count_free(self, now: float) -> int:
-        """See policy.Slots."""
+        """See policy.Slots; of slots without limit none is counted."""
+        if not self._max_in_flight:
+            return 0
         return sum(self._count_room(seat) for seat in self._seats if self._load(seat, now).can_take)
 
     def expected_back(self) -> list[float]:
@@ -137,7 +139,9 @@ class ModelSlots:
         return len(self._waiting) + len(self._held) + len(self._resting)
 
     def returns_s(self, now: float) -> list[float]:
-        """Seconds until each usable slot should be free, 0 for those that are, ascending."""
+        """Seconds until each usable slot should be free, 0 for those that are, ascending; empty without a limit."""
+        if not self._max_in_flight:
+            return []
         busy = sorted(max(slot.back_at - now, 0.0) for slot in self._taken)
         return [0.0] * max(self.usable - len(busy), 0) + busy
 

@@ -677,6 +677,16 @@ async def test_whoever_would_be_late_behind_the_rows_ahead_is_refused_on_arrival
         assert in_time.values == [10]
 
 
+async def test_without_a_limit_of_slots_nobody_is_refused_for_what_is_in_flight_or_gathers() -> None:
+    async with plane_of(FakeBackend(service_s=5.0), model={"max_queue_delay_s": 0.5}, slots=0) as plane:
+        await measured(plane, 20)
+        plane.call([1, 2, 3, 4])
+        await asyncio.sleep(1)
+        waiting, in_time = plane.call([5]), plane.call([6], timeout_s=6.0)
+        await asyncio.sleep(6.0)
+        assert waiting.values + in_time.values == [10, 12]
+
+
 async def test_whoever_has_less_time_than_any_call_takes_is_refused_on_arrival() -> None:
     async with plane_of(FakeBackend(service_s=5.0)) as plane:
         await measured(plane, 19)

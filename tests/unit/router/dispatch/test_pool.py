@@ -203,6 +203,16 @@ async def test_an_ejected_replica_is_tried_with_one_small_batch_and_returns_when
     await pool.aclose()
 
 
+async def test_of_slots_without_limit_none_counts_as_free_trial_or_not() -> None:
+    pool, _, _ = await pool_with_an_ejected_one()
+    pool.set_max_in_flight(0)
+    slots = pool.slots(("m", ""))
+    assert slots.count_free(asyncio.get_running_loop().time()) == 0
+    await asyncio.sleep(30.0)
+    assert slots.count_free(asyncio.get_running_loop().time()) == 0
+    await pool.aclose()
+
+
 async def test_a_trial_that_fails_ejects_for_twice_as_long() -> None:
     pool, key, (bad, _) = await pool_with_an_ejected_one()
     await asyncio.sleep(30.0)
