@@ -80,7 +80,8 @@ class Race:
         if self._alarm:
             self._alarm.cancel()
         if self._second and not self._second.done():
-            self._second.cancel()
+            # On the next turn: a task that is cancelled before its first step takes none, and its slot is never freed.
+            self._loop.call_soon(self._second.cancel)
             await asyncio.wait([self._second])
 
     def _set_alarm(self, after_s: float, stalled_s: float) -> None:

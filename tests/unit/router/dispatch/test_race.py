@@ -184,6 +184,17 @@ async def test_a_stall_of_the_router_itself_is_none_of_the_replica() -> None:
         assert (winners(key), sent(one, two)) == (["r:1"], [1, 0])
 
 
+async def test_an_answer_at_the_moment_of_the_second_copy_leaves_no_slot_taken() -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    async with stalling() as (pool, key, (one, two)):
+        loop.call_later(1.99, one.sent[0].answer)
+        loop.call_later(1.95, loop.stall, 0.06)  # so that both are due on one turn of the loop
+        await key.wait()
+        assert winners(key) == ["r:1"]
+        assert (pool.slots(("m", "")).busy, two.in_flight) == (0, 0)
+
+
 async def test_a_batch_nobody_waits_for_is_not_sent_twice() -> None:
     async with stalling() as (_, key, (one, two)):
         recipient = one.sent[0].batch.parts[0].block.recipient
