@@ -43,7 +43,7 @@ class Hedging:
 
     def may_hedge(self, rows: int, now: float) -> bool:
         """Whether a stalled batch may be sent again; charged when it may."""
-        if self._credit < BATCHES_PER_HEDGE or not self._may_spend(rows, now):
+        if not self.is_allowed or self._credit < BATCHES_PER_HEDGE or not self._may_spend(rows, now):
             return False
         self._credit -= BATCHES_PER_HEDGE
         return True

@@ -41,6 +41,13 @@ def test_models_with_side_effects_are_never_sent_twice() -> None:
     assert hedging(*[1.0] * 50, is_allowed=False).sent(ROWS) is None
 
 
+def test_a_model_that_has_side_effects_from_now_on_is_not_sent_twice_either() -> None:
+    key = hedging(*[1.0] * 50)
+    assert key.sent(ROWS) is not None
+    key.is_allowed = False
+    assert not key.may_hedge(ROWS, 0.0)
+
+
 def test_at_most_one_batch_in_a_hundred_is_sent_twice() -> None:
     key = hedging(*[1.0] * 50, sent=BATCHES_PER_HEDGE)
     assert not key.may_hedge(ROWS, 0.0)  # 99 were sent
