@@ -128,7 +128,8 @@ class SingleFlight:
     def _answer_known(self, block: Block, known: dict[int, tuple[BatchAnswer, int]]) -> None:
         self._cached_rows.inc(len(known))
         for first, rows, answer, offset in _known_runs(known):
-            block.recipient.answer(Part(block, first, rows, NO_ATTEMPT), answer, offset)
+            if not block.recipient.is_closed:  # the caller may give up at the first answer
+                block.recipient.answer(Part(block, first, rows, NO_ATTEMPT), answer, offset)
 
     # -- the queued blocks' side -------------------------------------------------------------------------------------
 

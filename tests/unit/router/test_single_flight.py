@@ -47,6 +47,16 @@ class ExplainingReply(RecordingReply):
         super().answered(part, answer, offset, is_last=is_last)
 
 
+class LeavingReply(RecordingReply):
+    """Gives its call up at the first answer."""
+
+    call: Call
+
+    def answered(self, part: Part, answer: BatchAnswer, offset: int, *, is_last: bool) -> None:
+        super().answered(part, answer, offset, is_last=is_last)
+        self.call.cancel()
+
+
 class Caller:
     """One call of one block of rows."""
 
@@ -300,6 +310,21 @@ async def test_a_kept_answer_comes_at_once_until_it_is_too_old() -> None:
         assert backend.sent[1].values == [1, 2]
         backend.sent[1].answer()
         await settle()
+
+
+async def test_a_caller_who_goes_at_the_first_known_answer_is_told_no_more() -> None:
+    """As a request for an output that the model does not have goes."""
+    backend = FakeBackend(service_s=1.0)
+    async with plane_of(backend, model=CACHED) as plane:
+        for value in (1, 2):
+            Caller(plane, value)
+            await asyncio.sleep(2)
+        reply = LeavingReply()
+        reply.call = plane.plane.open(reply, 2, 60.0)
+        block = make_block(1, 2)
+        block.arrived_at, block.deadline, block.recipient = plane.loop.time(), plane.loop.time() + 60.0, reply.call
+        plane.plane.infer(reply.call, [block])
+        assert list(reply.values.values()) == [2]
 
 
 async def test_known_following_and_new_rows_of_one_block_each_go_their_way() -> None:
