@@ -120,7 +120,7 @@ class SingleFlight:
         if not boarding.leads:
             return None
         flight = begin(block, boarding)
-        queued = gather(block, [rows[0] for rows in boarding.leads.values()], _Lead(self, flight))
+        queued = gather(block, [rows[0] for rows in boarding.leads.values()], _Lead(self, self._flights, flight))
         self._batcher.infer(queued)
         flight.block = queued
         return flight
@@ -180,10 +180,11 @@ class SingleFlight:
 class _Lead:
     """The recipient of a queued block: stands for all who wait for a row of its flight."""
 
-    __slots__ = ("_single_flight", "flight")
+    __slots__ = ("_single_flight", "flight", "flights")
 
-    def __init__(self, single_flight: SingleFlight, flight: Flight) -> None:
+    def __init__(self, single_flight: SingleFlight, flights: Flights, flight: Flight) -> None:
         self._single_flight = single_flight
+        self.flights = flights
         self.flight = flight
 
     @property
@@ -206,9 +207,10 @@ class _Lead:
 
 
 def _depart(flights: Flights, batch: Batch) -> None:
+    """Nobody follows rows of a `SingleFlight` that was put aside, and some may still be among them."""
     for part in batch.parts:
         recipient = part.block.recipient
-        if isinstance(recipient, _Lead):
+        if isinstance(recipient, _Lead) and recipient.flights is flights:
             flights.depart(recipient.flight, part.first, part.rows)
 
 

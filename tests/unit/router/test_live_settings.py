@@ -411,6 +411,30 @@ async def test_sharing_begins_and_ends_while_rows_wait() -> None:
         assert router.ask(5).values == [10]
 
 
+async def test_sharing_that_ends_and_begins_again_is_another_one() -> None:
+    """Rows of the first once departed in the books of the second, and nobody who followed them there was answered."""
+    plain, shared = (
+        make_settings([{"max_batch_size": 1}]),
+        make_settings([{"max_batch_size": 1, "deterministic": True}]),
+    )
+    async with routing(shared) as router:
+        router.ask(0)
+        await settle()
+        before = router.ask(1)
+        await settle()
+        router.apply(plain)
+        router.apply(shared)
+        router.replica().sent[0].answer()
+        await settle()
+        during = router.ask(1)
+        await settle()
+        await answer_all(router.replica())
+        after = router.ask(1)
+        await settle()
+        await answer_all(router.replica())
+        assert [caller.values for caller in (before, during, after)] == [[2], [2], [2]]
+
+
 async def test_answers_are_forgotten_when_they_may_be_kept_for_another_time() -> None:
     def cached(**more: object) -> Settings:
         return make_settings([{"deterministic": True, "cache_ttl_s": 60, **more}])
