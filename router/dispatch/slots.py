@@ -130,7 +130,7 @@ class ModelSlots:
     def usable(self) -> int:
         """Slots, free or not, on replicas that are there; 0 without a limit."""
         return self._max_in_flight * sum(
-            seat.member.is_admitted and seat.member.replica.is_ready for seat in self._seats
+            seat.member.is_admitted and seat.member.replica.is_connected for seat in self._seats
         )
 
     @property

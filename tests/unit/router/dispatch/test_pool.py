@@ -22,6 +22,22 @@ async def turn(times: int = 5) -> None:
         await asyncio.sleep(0)
 
 
+class Narrow(FakeBackend):
+    """Has room for one batch at a time, whatever its model, and says when it has again."""
+
+    @property
+    def is_connected(self) -> bool:
+        return super().is_ready
+
+    @property
+    def is_ready(self) -> bool:
+        return self.is_connected and not self.in_flight
+
+    def free(self) -> None:
+        super().free()
+        self._on_change()
+
+
 # -- members -----------------------------------------------------------------------------------------------------------
 
 
@@ -378,4 +394,21 @@ async def test_when_all_are_slow_nobody_is_ejected() -> None:
         key.send(6)
         await key.wait()
     assert pool.count_ejected() == 0
+    await pool.aclose()
+
+
+# -- replicas with less room than slots --------------------------------------------------------------------------------
+
+
+async def test_slots_are_there_while_their_replica_is_full() -> None:
+    pool = pool_of(one := Narrow("r:1"))
+    pool.start()
+    key = Key(pool)
+    assert pool.slots(("m", "")).usable == 1
+    key.send(2)
+    await turn()
+    assert (sent(one), pool.slots(("m", "")).usable) == ([1], 1)
+    for _ in range(2):
+        one.sent[-1].answer()
+        await turn()
     await pool.aclose()
