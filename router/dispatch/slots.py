@@ -262,13 +262,13 @@ class ModelSlots:
         self._taken.remove(slot)
         self._splits_in_flight -= slot.is_split
         slot.seat.in_flight -= 1
-        slot.seat.member.replica.free()
         if error is None or not error.may_requeue:
             slot.seat.failures = 0
         else:
             self._pause(slot.seat)
         self._ask_held_again()
         self._assign_soon()
+        slot.seat.member.replica.free()  # at last: one that had no room left gives it to the models at once
 
     def _assign_soon(self) -> None:
         if not self._is_assign_due:

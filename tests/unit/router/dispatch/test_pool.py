@@ -412,3 +412,19 @@ async def test_slots_are_there_while_their_replica_is_full() -> None:
         one.sent[-1].answer()
         await turn()
     await pool.aclose()
+
+
+async def test_a_full_replica_that_loses_a_batch_pauses_before_the_next() -> None:
+    pool = pool_of(one := Narrow("r:1"))
+    pool.start()
+    key = Key(pool)
+    key.send(2)
+    await turn()
+    one.sent[0].fail(StreamLost("gone"))
+    await asyncio.sleep(0.03)
+    assert sent(one) == [1]
+    await asyncio.sleep(0.04)
+    assert sent(one) == [2]
+    one.sent[1].answer()
+    await key.wait()
+    await pool.aclose()
