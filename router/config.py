@@ -318,6 +318,8 @@ def _read(path: Path | None) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (AttributeError, LookupError, RecursionError) as error:  # of PyYAML at `!!bool x`, or a thousand brackets
+        raise ConfigError(f"{path} is not YAML that can be read: {error!r}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

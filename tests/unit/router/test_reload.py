@@ -144,6 +144,9 @@ async def test_a_file_swapped_by_rename_and_by_a_link_is_seen(path: Path, tmp_pa
     ("text", "told"),
     [
         ("models: [", "is not YAML"),
+        ("models: " + "[" * 3000 + "]" * 3000, "is not YAML that can be read: RecursionError"),
+        ("trust_tenant: !!bool maybe", "is not YAML that can be read: KeyError"),
+        ("listen: !!timestamp now", "is not YAML that can be read: AttributeError"),
         (GOOD % 0, "models.0.max_batch_size: Input should be greater than or equal to 1"),
         (GOOD % 5 + "listen: 127.0.0.1:1", 'listen: "127.0.0.1:50051" -> "127.0.0.1:1": needs a restart'),
         (None, "No such file"),
