@@ -155,8 +155,15 @@ class DataPlane:
                 call.wait_in(lane, block)  # before: where answers are known, they come at once, and may close the call
                 lane.infer(block)
             except RouterError as error:
-                self._count_refusal(error, block.rows)
+                self.count_refusal(error, block.rows)
                 call.fail_rows(block.index, block.first_row, block.rows, error)
+
+    def count_refusal(self, error: RouterError, rows: int) -> None:
+        """Count rows that were not taken, if that was for want of room or time."""
+        if isinstance(error, ResourceExhausted):
+            self._metrics.refusals.labels(error.reason).inc(rows)
+        elif isinstance(error, DeadlineExceeded):
+            self._metrics.refusals.labels("deadline").inc(rows)
 
     def apply(self, settings: Settings) -> None:
         """Go on by other settings: rows that wait or fly are served, new ones go where these say."""
@@ -188,9 +195,3 @@ class DataPlane:
         self._open.discard(call)
         if not self._open:
             self._all_closed.set()
-
-    def _count_refusal(self, error: RouterError, rows: int) -> None:
-        if isinstance(error, ResourceExhausted):
-            self._metrics.refusals.labels(error.reason).inc(rows)
-        elif isinstance(error, DeadlineExceeded):
-            self._metrics.refusals.labels("deadline").inc(rows)

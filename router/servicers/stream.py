@@ -210,7 +210,7 @@ class StreamSession:
             if predecessor is not None:
                 self._withdraw(predecessor)
                 raise InvalidArgument(f"call_id {call_id} is still open; both calls were dropped")
-            self._check_room()
+            self._check_room(raw)
             reply.begin(self._around, raw, now, are_finite=are_finite)
         except RouterError as error:
             reply.closed(error)
@@ -218,14 +218,23 @@ class StreamSession:
             logger.exception("call %d (request id %s) failed inside the router", call_id, message.request_id)
             reply.abort(InternalError())
 
-    def _check_room(self) -> None:
+    def _check_room(self, raw: convert.RawCall) -> None:
+        refusal = self._refusal()
+        if refusal:
+            # A call that was not looked at may say that it has any number of rows.
+            rows = sum(min(block.rows, len(block.vectors) // 4) for block in raw.blocks)
+            self._around.plane.count_refusal(refusal, rows)
+            raise refusal
+
+    def _refusal(self) -> ResourceExhausted | None:
+        """Why this stream takes no further call; None: it does."""
         if len(self._calls) > self._max_open:
-            raise ResourceExhausted(
-                f"{self._max_open} calls of this stream are open", reason="open_calls", retry_after_s=1.0
-            )
+            message = f"{self._max_open} calls of this stream are open"
+            return ResourceExhausted(message, reason="open_calls", retry_after_s=1.0)
         if self._unread_bytes > MAX_UNREAD_BYTES:
             message = "the answers of this stream are not being read"
-            raise ResourceExhausted(message, reason="unread", retry_after_s=UNREAD_RETRY_AFTER_S)
+            return ResourceExhausted(message, reason="unread", retry_after_s=UNREAD_RETRY_AFTER_S)
+        return None
 
     # -- writing -----------------------------------------------------------------------------------------------------
 

@@ -62,11 +62,12 @@ class Client:
 class Session:
     """What a test needs of a session that runs."""
 
-    def __init__(self, log_requests: str) -> None:
+    def __init__(self, log_requests: str, **limits: int) -> None:
         settings = Settings(
             backends={"mock": {"addresses": ["fake:1"]}},  # type: ignore[dict-item]
             models=[{"backend": "mock", "max_batch_size": 64, "max_queue_delay_s": 0}],  # type: ignore[list-item]
             log_requests=log_requests,  # type: ignore[arg-type]
+            limits=limits,  # type: ignore[arg-type]
         )
         self.metrics = Metrics()
         self.backend = FakeBackend(service_s=0.1)
@@ -80,11 +81,14 @@ class Session:
         labels = {"method": "PredictStream", "code": code}
         return self.metrics.registry.get_sample_value("router_requests_total", labels) or 0.0
 
+    def refused_rows(self, reason: str) -> float:
+        return self.metrics.registry.get_sample_value("router_refusals_total", {"reason": reason}) or 0.0
+
 
 @asynccontextmanager
-async def running(*, log_requests: str = "off") -> AsyncIterator[Session]:
+async def running(*, log_requests: str = "off", **limits: int) -> AsyncIterator[Session]:
     """A session that is over, with nothing open, at the end of the block."""
-    session = Session(log_requests)
+    session = Session(log_requests, **limits)
     task = asyncio.create_task(session.session.run(), name="session")
     yield session
     session.client.hang_up()
@@ -166,6 +170,30 @@ async def test_every_call_is_counted_once_by_its_end(log_requests: str) -> None:
         one.client.send(call(20, 1), cancels=(20,))
         await seconds(2)
         assert (one.count("OK"), one.count("INVALID_ARGUMENT"), one.count("CANCELLED")) == (10, 1, 1)
+
+
+async def test_rows_of_calls_beyond_those_that_may_be_open_are_counted_as_refused() -> None:
+    async with running(max_open_calls=1) as one:
+        untrue = pb.Block(model_name="m", rows=2**32 - 1, dim=1, vectors=bytes(8))
+        one.client.send(call(1, 10), call(2, 20), pb.Call(call_id=3, blocks=[untrue]))
+        await seconds(1)
+        assert one.client.told == [(2, "RESOURCE_EXHAUSTED"), (3, "RESOURCE_EXHAUSTED"), (1, 20.0)]
+        assert one.refused_rows("open_calls") == 3
+
+
+async def test_rows_for_who_reads_no_answers_are_counted_as_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.servicers.stream.MAX_UNREAD_BYTES", 80)  # two answers, and not four
+    async with running() as one:
+        one.client.stop_reading()
+        one.client.send(call(1, 10))
+        await seconds(1)  # in the client's hands
+        one.client.send(call(2, 20), call(3, 30))
+        await seconds(1)
+        one.client.send(call(4, 40))
+        await seconds(1)
+        one.client.read_on()
+        await seconds(1)
+        assert one.refused_rows("unread") == one.count("RESOURCE_EXHAUSTED") == 1
 
 
 async def test_what_is_not_finite_costs_its_own_call_whoever_shares_its_message() -> None:
