@@ -401,7 +401,8 @@ class Batcher:
 
     def _hand_out_rows(self, batch: Batch, answer: BatchAnswer, row_errors: Mapping[int, str]) -> None:
         """Fail the rows that have errors of their own, and answer the others."""
-        logger.warning("batch %s of %d rows: %d have errors of their own", batch.id, batch.rows, len(row_errors))
+        whose = (batch.id, batch.rows, self._key.model_name, answer.replica)
+        logger.warning("batch %s, %d rows of model %r at %s: %d have errors of their own", *whose, len(row_errors))
         self._failed_rows("not_finite" if answer.fault else "row_errors").inc(len(row_errors))
         for part, offset in split_around(batch, row_errors):
             if part.block.recipient.is_closed:

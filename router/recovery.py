@@ -138,7 +138,8 @@ class Recovery:
         return may_spend
 
     def _follow(self, verdict: Verdict, batch: Batch, error: BackendError, replica: str) -> None:
-        logger.warning("batch %s of %d rows: %s; rows: %s", batch.id, batch.rows, error.message, verdict)
+        whose = (batch.id, batch.rows, self._model_name, replica)
+        logger.warning("batch %s, %d rows of model %r at %s: %s; rows: %s", *whose, error.message, verdict)
         self._batches(type(error).__name__).inc()
         ruling = self._isolation.failed(
             self._in_flight.get(batch),

@@ -59,6 +59,15 @@ async def test_one_bad_row_among_eight_fails_alone_with_the_models_own_error(
         assert calls == 1 if fault == "row_errors" else calls <= 1 + 9
 
 
+@pytest.mark.parametrize("fault", ["poison", "row_errors"])
+async def test_the_log_tells_which_model_refused_rows_and_at_which_replica(
+    fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(mock_of(fault)) as stack:
+        await predict(stack, 1, BAD)
+        assert f", 2 rows of model 'churn' at {stack.mocks[0].address}: " in caplog.text
+
+
 @pytest.mark.parametrize("slots", [1, 4, 16])
 async def test_one_bad_row_among_64_costs_at_most_17_calls_more(slots: int) -> None:
     async with serving(mock_of("poison"), mock_of("poison"), max_in_flight=slots) as stack:
