@@ -135,11 +135,15 @@ class Replica:
 
     async def _watch(self, channel: grpc.aio.Channel) -> None:
         """Follow the channel's state; asking for it with try_to_connect is what makes gRPC reconnect."""
+        is_told = False
         while True:
             state = channel.get_state(try_to_connect=True)
-            if state is grpc.ChannelConnectivity.READY and not self._is_connected:
+            if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and not is_told:
+                logger.warning("backend %s cannot be reached, trying on", self.address)
+                is_told = True
+            elif state is grpc.ChannelConnectivity.READY and not self._is_connected:
                 logger.info("backend %s connected", self.address)
-                self._is_connected = True
+                self._is_connected = is_told = True
                 self._on_change()
             elif state is not grpc.ChannelConnectivity.READY and self._is_connected:
                 logger.warning("backend %s lost, reconnecting", self.address)

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -145,6 +146,26 @@ async def test_an_idle_server_that_never_answers_gets_no_batch_until_it_does(cap
         await until(lambda: f"{mute.address} answers again" in caplog.text)
         await key.exchange(1)
         assert (mute.batches, other.batches) == (1, 4)
+
+
+async def test_a_server_that_cannot_be_reached_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        replica = Replica(address, batch_timeout_s=60.0, max_message_bytes=2**20, max_in_flight=100)
+        replica.start(lambda: None)
+        complaint = f"backend {address} cannot be reached, trying on"
+        await until(lambda: complaint in caplog.text)
+        taken.listen()
+        taken.setblocking(False)
+        loop = asyncio.get_running_loop()
+        peer, _ = await asyncio.wait_for(loop.sock_accept(taken), PATIENCE_S)
+        peer.close()  # that was an attempt more, and one that failed again
+        await replica.aclose()
+    assert caplog.text.count(complaint) == 1
 
 
 async def test_a_server_without_the_probes_is_alive(caplog: pytest.LogCaptureFixture) -> None:
