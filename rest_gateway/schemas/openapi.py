@@ -43,7 +43,9 @@ class PredictRequest(BaseModel):
         "it has not ended by then, and never has longer than the gateway's own limit.",
     )
     explain: bool | None = Field(False, description="Asks for an `explanation` with each result.")
-    priority_class: Literal["interactive", "batch"] | None = "interactive"
+    priority_class: Literal["interactive", "batch"] | None = Field(
+        "interactive", description="Rows of class batch have the seats of a matrix that interactive rows leave."
+    )
 
 
 class ExplanationOut(BaseModel):
@@ -54,7 +56,7 @@ class ExplanationOut(BaseModel):
     batch_id: str
     batch_rows: int = Field(description="Rows in the batch, of all callers.")
     replica: str = Field(description="Address of the model server.")
-    attempts: int = Field(description="How often the row was sent to a model server.")
+    attempts: int = Field(description="How often the row was sent to a model server; 0: its answer was kept.")
 
 
 class AgentResult(BaseModel):

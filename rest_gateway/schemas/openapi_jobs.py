@@ -129,6 +129,12 @@ def _parameter(place: str, name: str, description: str, *, example: object = Non
 
 _JOB_ID = _parameter("path", "job_id", "Of the answer that made the job.", format="uuid")
 _WAIT = _parameter("header", "Prefer", "`wait=10` waits up to 10 s (at most 60) for the job's end.")
+_TENANT = _parameter(
+    "header",
+    "X-Tenant",
+    "On whose account the request is, printable ASCII. Ignored unless the gateway trusts its clients to say so.",
+    maxLength=256,
+)
 PREDICT_PARAMETERS: list[JsonObject] = [
     _parameter(
         "header",
@@ -143,6 +149,7 @@ PREDICT_PARAMETERS: list[JsonObject] = [
         "long as the job is kept. Quoted or bare, at most 255 characters.",
         maxLength=257,
     ),
+    _TENANT,
 ]
 
 _UNAVAILABLE = problem_answer(
@@ -193,6 +200,7 @@ JOB_OPERATIONS: dict[tuple[str, str], Operation] = {
             _parameter("query", "cursor", "`next_cursor` of the page before."),
             _parameter("query", "status", "Only these.", enum=[*StatusOut.__args__]),  # type: ignore[attr-defined]
             _parameter("query", "kind", "Only these.", enum=["text", "agents"]),
+            _TENANT,
         ],
     ),
     ("GET", "/jobs/{job_id}"): Operation(
@@ -209,7 +217,7 @@ JOB_OPERATIONS: dict[tuple[str, str], Operation] = {
             202: _answer("With `Prefer: wait`: it has not ended within that time.", JobOut, processing=PROCESSING),
             **_COMMON,
         },
-        [_JOB_ID, _WAIT],
+        [_JOB_ID, _WAIT, _TENANT],
     ),
     ("DELETE", "/jobs/{job_id}"): Operation(
         "Delete a job that has ended",
@@ -218,7 +226,7 @@ JOB_OPERATIONS: dict[tuple[str, str], Operation] = {
             409: _conflict("It has not ended; cancel it first.", "the job is processing"),
             **_COMMON,
         },
-        [_JOB_ID],
+        [_JOB_ID, _TENANT],
     ),
     ("POST", "/jobs/{job_id}/cancel"): Operation(
         "Cancel a job",
@@ -227,7 +235,7 @@ JOB_OPERATIONS: dict[tuple[str, str], Operation] = {
             409: _conflict("It has ended otherwise.", "the job is completed"),
             **_COMMON,
         },
-        [_JOB_ID],
+        [_JOB_ID, _TENANT],
     ),
     ("GET", "/jobs/{job_id}/events"): Operation(
         "Follow a job",
@@ -240,7 +248,7 @@ JOB_OPERATIONS: dict[tuple[str, str], Operation] = {
             204: {"description": "`Last-Event-ID` is the job's last version: nothing follows."},
             **_COMMON,
         },
-        [_JOB_ID, _parameter("header", "Last-Event-ID", "The last `id` that the client has seen.")],
+        [_JOB_ID, _parameter("header", "Last-Event-ID", "The last `id` that the client has seen."), _TENANT],
     ),
 }
 

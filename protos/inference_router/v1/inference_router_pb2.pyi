@@ -35,7 +35,7 @@ class _PriorityClassEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priorit
     PRIORITY_CLASS_BATCH: _PriorityClass.ValueType  # 2
 
 class PriorityClass(_PriorityClass, metaclass=_PriorityClassEnumTypeWrapper):
-    """How urgent a call is. Carried and validated, without effect until the router schedules by class."""
+    """How urgent a call is: rows of class batch have the seats of a matrix that interactive rows leave."""
 
 PRIORITY_CLASS_UNSPECIFIED: PriorityClass.ValueType  # 0
 """The same as interactive."""

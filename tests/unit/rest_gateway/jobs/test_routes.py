@@ -718,10 +718,12 @@ async def test_the_document_describes_every_parameter_and_keeps_its_nulls() -> N
     for (method, path), operation in openapi_jobs.JOB_OPERATIONS.items():
         served = document["paths"][path][method.lower()]
         assert served["parameters"] == operation.parameters
+        assert served["parameters"][-1]["name"] == "X-Tenant"
         assert set(served["responses"]) == {str(status) for status in operation.responses}
         assert served["description"]
         assert served["summary"] == operation.summary
-    assert [p["name"] for p in document["paths"]["/predict"]["post"]["parameters"]] == ["Prefer", "Idempotency-Key"]
+    names = [p["name"] for p in document["paths"]["/predict"]["post"]["parameters"]]
+    assert names == ["Prefer", "Idempotency-Key", "X-Tenant"]
     served = document["paths"]["/jobs/{job_id}"]["get"]["responses"]["200"]["content"]["application/json"]["examples"]
     assert served["completed"]["value"] == openapi_jobs.COMPLETED
     accepted = document["paths"]["/predict"]["post"]["responses"]["202"]["content"]["application/json"]
