@@ -96,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--callers", type=_count, default=0, metavar="N", help="in a closed loop: each asks again after its answer,")
     add("--pause-s", type=_span, default=(0.001, 0.005), metavar="A-B", help="so many seconds later (0.001-0.005)")
     add("--trace", type=Path, metavar="FILE", help="CSV with the columns at_s and, if wanted, rows, key, timeout_s")
-    add("--timeout-s", type=_number, default=math.inf, metavar="S", help="after which a row expires (default: never)")
+    add("--timeout-s", type=_number, default=math.inf, metavar="S", help="of each row; who would be late is refused, "
+        "as by the router (default: none)")  # fmt: skip
     add = parser.add_argument_group("who answers").add_argument
     add("--service", type=_service, default=parse_service("5"), metavar="TIME", help="seconds of a call: 5, 3-7 "
         "(uniform), lognormal:5:0.2 (mean, sigma), each with +0.00035*rows if rows cost time (default 5)")  # fmt: skip

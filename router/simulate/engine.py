@@ -23,7 +23,7 @@ from router.core.budget import Budget
 from router.core.policy import Hold, Policy, View
 from router.core.queue import DEFAULT_PATIENCE_S, KeyQueue
 from router.core.types import DEFAULT_TENANT, BatchAnswer, BatchKey, Block, Part
-from router.errors import DeadlineExceeded, ResourceExhausted, RouterError
+from router.errors import RouterError
 
 ServiceTime = Callable[[random.Random, int], float]
 """Seconds that a model takes for so many rows."""
@@ -235,7 +235,7 @@ class Simulation:
         try:
             self._admit(key, block, now)
             key.queue.push(block)
-        except (ResourceExhausted, DeadlineExceeded):
+        except RouterError:
             self.outcome.refused_rows += is_counted * arrival.rows
             self._return_caller(block, now)
         else:

@@ -55,6 +55,11 @@ def test_rows_beyond_the_bound_are_refused() -> None:
     assert (outcome.refused_rows, len(outcome.latencies_s)) == (2, 4)
 
 
+def test_a_request_that_could_never_fit_is_refused_and_the_run_goes_on() -> None:
+    outcome = simulate([Arrival(0.0), Arrival(0.1, rows=4), Arrival(0.2)], max_queued_rows=3)
+    assert (outcome.refused_rows, len(outcome.latencies_s)) == (4, 2)
+
+
 def test_what_happens_before_the_warm_up_is_over_is_not_counted() -> None:
     outcome = simulate([Arrival(0.0), Arrival(0.1)], warm_up_s=0.6)
     assert (outcome.arrived_rows, len(outcome.latencies_s), list(outcome.batch_rows)) == (0, 1, [1])
