@@ -38,20 +38,20 @@ PLAN: Mapping[str, Entry] = {
         {"count": 2, "calls_per_s": 40, "frozen_s": 3.5},
         {"count": 50, "calls_per_s": 40, "frozen_s": 20.0},
     ),
-    "bad answers": Entry(4, bad_answers, {"strikes": 2, "window_s": 0.5}, {"strikes": 100, "window_s": 10.0}),
-    "poison, few": Entry(
+    "bad-answers": Entry(4, bad_answers, {"strikes": 2, "window_s": 0.5}, {"strikes": 100, "window_s": 10.0}),
+    "poison-few": Entry(
         6,
         poison,
         {"rows": 4_000, "share": 0.002, "latency": "0.005-0.01", "rows_per_s": 1_000},
         {"rows": 100_000, "share": 0.001, "latency": "0.02-0.05", "rows_per_s": 500},
     ),
-    "poison, many": Entry(
+    "poison-many": Entry(
         6,
         poison,
         {"rows": 3_000, "share": 0.01, "latency": "0.005-0.01", "rows_per_s": 1_000},
         {"rows": 100_000, "share": 0.01, "latency": "0.02-0.05", "rows_per_s": 500},
     ),
-    "poison, named": Entry(
+    "poison-named": Entry(
         6,
         poison,
         {"rows": 3_000, "share": 0.01, "latency": "0.005-0.01", "rows_per_s": 1_000, "is_named": True},
