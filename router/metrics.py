@@ -21,7 +21,10 @@ class Metrics:
         )
         self.rows = Counter("router_rows", "Rows accepted into queues.", registry=self.registry)
         self.batches = Counter(
-            "router_batches", "Batches that came back, by outcome.", ["backend", "outcome"], registry=self.registry
+            "router_batches",
+            "Batches that came back, by outcome: answered, or what failed.",
+            ["backend", "outcome"],
+            registry=self.registry,
         )
         self.batch_rows = Histogram(
             "router_batch_rows", "Rows per dispatched batch.", ["backend"], buckets=BATCH_ROWS, registry=self.registry
