@@ -374,12 +374,16 @@ def translate(error: grpc.aio.AioRpcError, address: str) -> BackendError:
 
 
 def translate_status(code: grpc.StatusCode, details: str | None, address: str) -> BackendError:
-    """A stream's end by status. A message over a limit comes as RESOURCE_EXHAUSTED, but is less with fewer rows."""
+    """A stream's end by status. A message over a limit comes as RESOURCE_EXHAUSTED, but is less with fewer rows.
+
+    A batch that the server does not read has too many rows. An answer that we do not read may be the replica's fault.
+    """
     text = details or code.name
     if code in _LOST:
         return StreamLost(f"{address}: {model_text(text)}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
-        return Refused(f"{address}: {model_text(text)}", blame=Blame.ROWS)
+        blame = Blame.UNCLEAR if "CLIENT: Received" in text else Blame.ROWS
+        return Refused(f"{address}: {model_text(text)}", blame=blame)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return BackendExhausted(f"{address}: {model_text(text)}")
     return Refused(model_text(text), *_REFUSALS.get(code, (ModelFailed, Blame.UNCLEAR)))

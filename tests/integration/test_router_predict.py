@@ -287,6 +287,16 @@ async def test_an_answer_over_the_message_limit_comes_in_pieces_and_its_streams_
         assert stack.mock.arrived > 1
 
 
+async def test_a_lone_row_whose_answer_is_over_the_message_limit_is_tried_on_another_replica() -> None:
+    # A batch of one row cannot be cut any more, and failed although the replica was at fault.
+    wide, healthy = MockServer(mock_config(output_width=20_000)), MockServer(mock_config())
+    limits, model = {"max_backend_message_bytes": 50_000}, {"max_batch_bytes": 30_000}
+    async with serving(wide, healthy, model=model, limits=limits) as stack:
+        while not wide.arrived:
+            results = (await stack.stub.Predict(pb.PredictRequest(agents={"a": agent(1)}))).results
+            assert list(results["a"].output) == truth("churn", [[1]])
+
+
 async def test_a_doubled_answer_is_passed_over_by_the_next_batch_on_the_stream() -> None:
     async with serving(MockServer(mock_config(Fault(FaultKind.DUPLICATE)))) as stack:
         for number in range(5):
