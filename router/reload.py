@@ -2,8 +2,8 @@
 
 The file is looked at once a second (device, inode, size, time of change), through symbolic links, so a file that was
 renamed over it, or a link that was turned to another, is a change too. It is read once two looks have found the same:
-whoever is still writing is left alone. Settings are loaded as a whole and taken or refused as a whole; refused ones are
-told with the same words as at the start, and the old ones stay.
+whoever is still writing is left alone, and an empty file is no settings. Settings are loaded as a whole and taken or
+refused as a whole; refused ones are told with the same words as at the start, and the old ones stay.
 
 It knows nothing of what the settings do.
 """
@@ -33,6 +33,14 @@ def stamp_of(path: Path | None) -> Stamp:
     except OSError:
         return None
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) if found else None
+
+
+def load_again(path: Path | None) -> Settings:
+    """As at the start, but an empty file is one that somebody is about to write. Raises ConfigError."""
+    stamp = stamp_of(path)
+    if stamp and not stamp[2]:
+        raise ConfigError(f"{path} is empty")
+    return load(path)
 
 
 class Looks:
@@ -93,7 +101,7 @@ class Reloader:
 
     def _reload(self) -> None:
         try:
-            settings = load(self._path)
+            settings = load_again(self._path)
             changed = changes(self._settings, settings)
             if changed:
                 self._apply(settings)

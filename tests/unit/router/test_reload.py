@@ -150,6 +150,7 @@ async def test_a_file_swapped_by_rename_and_by_a_link_is_seen(path: Path, tmp_pa
         (GOOD % 0, "models.0.max_batch_size: Input should be greater than or equal to 1"),
         (GOOD % 5 + "listen: 127.0.0.1:1", 'listen: "127.0.0.1:50051" -> "127.0.0.1:1": needs a restart'),
         (None, "No such file"),
+        ("", "given.yaml is empty"),  # whoever writes it anew begins so; it meant the built-in defaults
     ],
 )
 async def test_a_file_that_cannot_be_used_is_refused_once_and_the_old_settings_stay(
