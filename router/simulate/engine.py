@@ -291,10 +291,11 @@ class Simulation:
             key.new_blocks = key.new_rows = 0
 
     def _expire(self, key: _Key, now: float) -> None:
-        """As in the batcher; what expires and what is given up count alike."""
+        """As in the batcher; what expires and what is given up count alike, and what has been sent in neither."""
+        rows = key.queue.rows
         for block in key.queue.pop_expired(now):
-            self.outcome.expired_rows += (now >= self._setup.warm_up_s) * block.rows
             self._return_caller(block, now)
+        self.outcome.expired_rows += (now >= self._setup.warm_up_s) * (rows - key.queue.rows)
         least_s = key.admission.give_up_s
         if least_s:
             self._give_up(key.queue.pop_infeasible(now, least_s), now)

@@ -50,6 +50,11 @@ def test_rows_whose_time_is_up_are_not_sent() -> None:
     assert (outcome.expired_rows, outcome.late_rows) == (1, 1)
 
 
+def test_of_a_block_whose_time_is_up_only_the_rows_that_were_not_sent_expire() -> None:
+    outcome = simulate([Arrival(0.0, rows=10, timeout_s=0.8)], max_batch_size=4)
+    assert (outcome.expired_rows, outcome.late_rows, len(outcome.latencies_s)) == (2, 4, 8)
+
+
 def test_rows_beyond_the_bound_are_refused() -> None:
     outcome = simulate([Arrival(0.0), *(Arrival(0.1) for _ in range(5))], max_queued_rows=3)
     assert (outcome.refused_rows, len(outcome.latencies_s)) == (2, 4)
