@@ -6,8 +6,8 @@ now. A replica that lost, refused or timed out a batch pauses for that model, a 
 lost goes elsewhere first.
 
 Before the keys stands a lane of pieces, rows of failed batches that travel by themselves (`core/isolation.py`). Their
-splits take at most a quarter of the slots. No policy holds a piece; a batch that is for another replica than the one
-that had it waits until that has room.
+splits take at most a quarter of the slots, and of a single slot every second batch while a key waits. No policy holds a
+piece; a batch that is for another replica than the one that had it waits until that has room.
 
 It moves whole batches: no gRPC, no callers, no rows. Every decision is a plain call.
 """
@@ -89,12 +89,14 @@ class ModelSlots:
 
     def __init__(self, members: Iterable[Member], max_in_flight: int) -> None:
         self._max_in_flight = max_in_flight
-        # State: a seat per member; the slots that are taken, and how many of them by splits; keys in turn for a slot,
-        # keys whose hold ends when a slot is taken or freed, and keys whose hold does not: each key in one of the three
-        # at most; pieces that wait; one timer for the end of a pause; whether `assign` is about to run.
+        # State: a seat per member; the slots that are taken, how many of them by splits, and whether the latest batch
+        # was one; keys in turn for a slot, keys whose hold ends when a slot is taken or freed, and keys whose hold does
+        # not: each key in one of the three at most; pieces that wait; one timer for the end of a pause; whether
+        # `assign` is about to run.
         self._seats = [Seat(member) for member in members]
         self._taken: set[Slot] = set()
         self._splits_in_flight = 0
+        self._was_split = False
         self._waiting: OrderedDict[Taker, None] = OrderedDict()
         self._held: OrderedDict[Taker, None] = OrderedDict()
         self._resting: dict[Taker, None] = {}
@@ -181,6 +183,12 @@ class ModelSlots:
         now = asyncio.get_running_loop().time()
         if self._lane:
             self._assign_lane(now)
+        if self._waiting:
+            self._assign_keys(now)
+            if self._lane:
+                self._assign_lane(now)  # splits whose turn no key has taken
+
+    def _assign_keys(self, now: float) -> None:
         while self._waiting:
             taker = next(iter(self._waiting))
             seat = self._choose(now, taker, taker.rows_to_take)
@@ -195,6 +203,7 @@ class ModelSlots:
                 self._waiting[taker] = None
 
     def _dispatch(self, taker: Taker, batch: Batch, seat: Seat, now: float, *, is_split: bool = False) -> None:
+        self._was_split = is_split
         back_at = now + taker.expect_s(batch.rows, seat.member.address)
         taker.dispatch(batch, self._occupy(seat, now, back_at, is_split=is_split))
 
@@ -221,6 +230,13 @@ class ModelSlots:
         """How many splits may be in flight at once."""
         return max(1, self.usable // SLOTS_PER_SPLIT) if self._max_in_flight else UNLIMITED_SPLITS
 
+    @property
+    def _may_split(self) -> bool:
+        """Whether a split may go; where one takes all the slots there are, keys that wait have every second turn."""
+        limit = self.split_limit
+        is_keys_turn = self._was_split and self._waiting and 0 < self.usable <= limit
+        return self._splits_in_flight < limit and not is_keys_turn
+
     def has_other(self, replica: str) -> bool:
         """Whether a healthy replica beside this one is there."""
         return any(seat.member.is_healthy and seat.member.address != replica for seat in self._seats)
@@ -246,7 +262,7 @@ class ModelSlots:
 
     def _next_errand(self, now: float) -> tuple[Piece, Taker, Seat] | None:
         """The first piece that may go, and where to."""
-        for piece, taker in self._lane.next(may_split=self._splits_in_flight < self.split_limit):
+        for piece, taker in self._lane.next(may_split=self._may_split):
             seat = self._choose(now, taker, piece.rows, piece)
             if seat is not None:
                 return piece, taker, seat

@@ -399,6 +399,20 @@ async def test_pieces_go_before_the_queue_and_take_a_quarter_of_the_slots() -> N
         await settle()
 
 
+async def test_of_a_single_slot_pieces_take_every_second_batch_while_rows_wait() -> None:
+    backend = Rules(lambda sent: ROWS if BAD in sent.values else None)
+    async with plane_of(backend, model=EIGHT) as plane:
+        bad = plane.call([BAD] * 8)
+        await settle()
+        others = [plane.call([float(number)] * 8) for number in range(3)]
+        await asyncio.sleep(6.5)
+        assert [BAD in sent.values for sent in backend.sent] == [True, True, False, True, False, True, False]
+        assert [told(other)[0] for other in others[:2]] == [[0.0] * 8, [2.0] * 8]
+        await asyncio.sleep(12)
+        assert len(bad.reply.failures) == 8
+        assert len(backend.sent) == 15 + 3
+
+
 async def test_without_a_limit_of_slots_sixteen_pieces_fly_at_once() -> None:
     backend = FakeBackend()
     async with plane_of(backend, model={**LARGE, "max_batch_size": 1024}, slots=0) as plane:
