@@ -13,12 +13,15 @@ Beside these an ejected one is on trial when its time is over: it gets one small
 import asyncio
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from router.core.breaker import TRIAL_ROWS, Breaker, State
 from router.core.pulse import Pulse, Sign
 from router.core.service_time import ServiceTimes
 from router.core.types import Batch, BatchAnswer
+
+# A batch that is out: when it was sent, its rows, its key's service times.
+Sent: TypeAlias = tuple[float, int, ServiceTimes]
 
 
 class Backend(Protocol):
@@ -85,8 +88,8 @@ class Member:
         self.is_on_trial = False
         self.trial: object | None = None
         self.preference = 0
-        # Its batches, the oldest first: when each was sent, its rows, its key's service times.
-        self.out: dict[object, tuple[float, int, ServiceTimes]] = {}
+        # Its batches, the oldest first.
+        self.out: dict[object, Sent] = {}
         # Rings when its ejection is over.
         self.wake_timer: asyncio.TimerHandle | None = None
 
@@ -142,10 +145,24 @@ class Member:
 
         Of keys that are not known well yet nobody can say; they may take as long as any batch.
         """
-        for sent_at, rows, times in self.out.values():
-            line = times.of(self.address)
-            return sent_at + (line.predict_p99(rows) if times.is_settled else self._batch_timeout_s)
-        return None
+        if self.oldest is None:
+            return None
+        sent_at, rows, times = self.oldest
+        return sent_at + (times.of(self.address).predict_p99(rows) if times.is_settled else self._batch_timeout_s)
+
+    @property
+    def oldest(self) -> Sent | None:
+        """The oldest of its batches; None when it holds none."""
+        return next(iter(self.out.values()), None)
+
+    def was_alive(self, given_up: Sent, now: float) -> None:
+        """It only was busy with a batch that was given up: so long may its calls take.
+
+        What is given up is never measured. Were nothing learned by it, a replica whose calls take longer from now on
+        would be given up with each of them, for ever.
+        """
+        sent_at, rows, times = given_up
+        times.observe(self.address, rows, min(now - sent_at, self._batch_timeout_s))
 
     async def aclose(self) -> None:
         """Let go of the replica."""

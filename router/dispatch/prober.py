@@ -18,7 +18,7 @@ import random
 from collections.abc import Callable
 
 from router.core.pulse import Sign
-from router.dispatch.member import Member
+from router.dispatch.member import Member, Sent
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +41,12 @@ class Prober:
         self._timeout_s = min(TIMEOUT_S, TIMEOUT_SHARE * interval_s)
         self._on_change = on_change
         # State: the task; whether there was a connection when it was last looked at, and whether one is new; the alarm
-        # for the moment at which silence is suspect.
+        # for the moment at which silence is suspect; the oldest batch that was given up on this connection.
         self._task: asyncio.Task[None] | None = None
         self._was_connected = False
         self._has_connected = asyncio.Event()
         self._alarm: asyncio.TimerHandle | None = None
+        self._given_up: Sent | None = None
 
     def start(self) -> None:
         """Begin to ask."""
@@ -66,6 +67,7 @@ class Prober:
             return
         self._was_connected = is_connected
         self._pulse.heard()
+        self._given_up = None
         self._set_alarm(math.inf)
         if is_connected:
             self._has_connected.set()
@@ -120,12 +122,18 @@ class Prober:
         else:
             pulse.answered(sign)
         if was_suspect and not pulse.is_suspect:
-            logger.info("backend %s answers again", self._member.address)
+            self._returned()
         if pulse.is_ready is not was_ready:
             logger.info(
                 "backend %s says that it is %s", self._member.address, "ready" if pulse.is_ready else "not ready"
             )
         self._on_change()
+
+    def _returned(self) -> None:
+        logger.info("backend %s answers again", self._member.address)
+        if self._given_up:
+            self._member.was_alive(self._given_up, asyncio.get_running_loop().time())
+            self._given_up = None
 
     def _judge(self) -> None:
         """Is its silence suspect now, or when?"""
@@ -142,6 +150,7 @@ class Prober:
         in_flight = self._member.replica.in_flight
         logger.warning("backend %s gives no sign of life: its %d batches are lost", self._member.address, in_flight)
         self._pulse.is_suspect = True
+        self._given_up = self._member.oldest
         self._member.replica.abandon()
         self._on_change()
 

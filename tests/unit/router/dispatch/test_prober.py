@@ -105,6 +105,46 @@ async def test_a_frozen_replica_loses_its_batches_within_13_s_when_they_should_t
         assert now() < frozen_at + 13.0 + 7.0
 
 
+async def busy_for(replica: FakeBackend, busy_s: float, *, answers: bool = True) -> None:
+    """Its loop is blocked by the batch that it has just got."""
+    replica.is_frozen = True
+    await asyncio.sleep(busy_s)
+    replica.is_frozen = False
+    if answers:
+        replica.sent[-1].end(None)
+    await asyncio.sleep(5.0)
+
+
+async def test_a_replica_whose_calls_take_longer_from_now_on_is_not_given_up_for_ever() -> None:
+    (one,) = backends(1)
+    async with probing(one) as pool:
+        key = Key(pool)
+        key.learn(["r:1"], 1.0)
+        for _ in range(3):
+            key.send()
+            await busy_for(one, 20.0)
+        assert [type(end).__name__ for end in key.ends] == ["StreamLost", "BatchAnswer", "BatchAnswer"]
+
+
+async def test_a_replica_that_was_started_again_had_not_been_busy() -> None:
+    (one,) = backends(1)
+    async with probing(one) as pool:
+        key = Key(pool)
+        key.learn(["r:1"], 1.0)
+        key.send()
+        await busy_for(one, 20.0, answers=False)
+        assert key.times.calls == 21
+        key.send()
+        one.is_frozen = True
+        await asyncio.sleep(50.0)
+        assert one.in_flight == 0
+        one.set_ready(is_ready=False)
+        one.is_frozen = False
+        one.set_ready(is_ready=True)
+        await asyncio.sleep(5.0)
+        assert key.times.calls == 21
+
+
 async def test_before_the_key_is_known_a_silent_replica_keeps_its_batches_until_their_timeout() -> None:
     (frozen,) = backends(1)
     async with probing(frozen) as pool:
