@@ -69,7 +69,7 @@ class ReplicaPool:
 
     def count_ready(self) -> int:
         """Replicas that are connected."""
-        return sum(member.replica.is_ready for member in self._staying())
+        return sum(member.replica.is_connected for member in self._staying())
 
     def count_ejected(self) -> int:
         """Replicas that get no batches for what became of their last ones, or are on trial again."""

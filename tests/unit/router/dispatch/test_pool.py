@@ -408,6 +408,7 @@ async def test_slots_are_there_while_their_replica_is_full() -> None:
     key.send(2)
     await turn()
     assert (sent(one), pool.slots(("m", "")).usable) == ([1], 1)
+    assert pool.count_ready() == 1
     for _ in range(2):
         one.sent[-1].answer()
         await turn()
