@@ -178,6 +178,7 @@ class Lanes:
                 cache_ttl_s=model.cache_ttl_s,
                 cache_max_bytes=model.cache_max_bytes,
                 max_rows=self._settings.limits.max_queued_rows,
+                contract=_contract(key, model),
             )
         self.by_key[key] = site.lane
         return site.lane

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from router.batcher import Batcher
 from router.core.answer_cache import AnswerCache
 from router.core.single_flight import Boarding, Flight, Flights, begin, digests_of, gather
-from router.core.types import Batch, BatchAnswer, Block, Part
+from router.core.types import Batch, BatchAnswer, Block, Contract, Part
 from router.dispatch.slots import CLOCK_SLACK_S
 from router.errors import InvalidArgument, ResourceExhausted, RouterError
 from router.metrics import Metrics
@@ -37,11 +37,12 @@ class SingleFlight:
         self._shared_rows = metrics.shared_rows.labels(backend)
         self._cached_rows = metrics.cached_rows.labels(backend)
         self._loop = asyncio.get_running_loop()
-        # State: rows that may follow at a time; who waits for what; what is known, where answers are kept; the timer of
-        # deadlines and of the cache, and when it rings; when the last block came.
+        # State: rows that may follow at a time; who waits for what; what is known, where answers are kept, and by which
+        # settings; the timer of deadlines and of the cache, and when it rings; when the last block came.
         self._max_rows = 0
         self._flights = Flights()
         self._cache: AnswerCache | None = None
+        self._keeping: tuple[float, int, Contract] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
         self._last_used = self._loop.time()
@@ -74,13 +75,13 @@ class SingleFlight:
         """Whether nothing came, waited or flew since `then`."""
         return self._last_used < then and self._batcher.is_idle_since(then)
 
-    def apply(self, *, cache_ttl_s: float, cache_max_bytes: int, max_rows: int) -> None:
-        """Keep answers for so long, in so many bytes (0 s: none), and let so many rows follow."""
+    def apply(self, *, cache_ttl_s: float, cache_max_bytes: int, max_rows: int, contract: Contract) -> None:
+        """Keep answers that hold `contract` for so long, in so many bytes (0 s: none), and let so many rows follow."""
         self._max_rows = max_rows
-        if not cache_ttl_s:
-            self._cache = None
-        elif self._cache is None or (self._cache.ttl_s, self._cache.max_bytes) != (cache_ttl_s, cache_max_bytes):
-            self._cache = AnswerCache(cache_ttl_s, cache_max_bytes)
+        keeping = cache_ttl_s, cache_max_bytes, contract
+        if keeping != self._keeping:
+            self._keeping = keeping
+            self._cache = AnswerCache(cache_ttl_s, cache_max_bytes) if cache_ttl_s else None
 
     def put_aside(self) -> None:
         """New blocks go past it, to the batcher; it tells those who wait here, and is gone with the last of them."""

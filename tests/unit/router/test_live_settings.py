@@ -452,6 +452,22 @@ async def test_answers_are_forgotten_when_they_may_be_kept_for_another_time() ->
         await answer_all(router.replica())
 
 
+async def test_answers_are_forgotten_that_would_not_be_believed_now() -> None:
+    def cached(*, allow_nan: bool) -> Settings:
+        return make_settings([{"deterministic": True, "cache_ttl_s": 60, "allow_nan": allow_nan}])
+
+    async with routing(cached(allow_nan=True)) as router:
+        router.ask(5)
+        await settle()
+        router.replica().sent[0].answer((Tensor("output", "FP32", (1,), b"\0\0\xc0\x7f"),))
+        await settle()
+        router.apply(cached(allow_nan=False))
+        caller = router.ask(5)
+        await settle()
+        await answer_all(router.replica())
+        assert caller.values == [10]
+
+
 async def test_nothing_is_left_of_sharing_that_has_ended() -> None:
     """The alarm for the oldest answer once kept all of them for as long as they might have been known."""
 
