@@ -136,6 +136,10 @@ class ReplicaPool:
             failure = error
             self._count_failure(slot, error)
             raise
+        except asyncio.CancelledError:
+            if member.trial is slot:
+                self._count_failure(slot, BatchTimeout("another replica was faster"))
+            raise
         finally:
             self._give_back(slot, failure)
         return answer

@@ -195,6 +195,33 @@ async def test_an_answer_at_the_moment_of_the_second_copy_leaves_no_slot_taken()
         assert (pool.slots(("m", "")).busy, two.in_flight) == (0, 0)
 
 
+async def test_a_trial_that_is_overtaken_by_a_second_copy_has_failed() -> None:
+    """It once told nothing, and a replica that hangs was on trial for as long as others were faster."""
+    pool = pool_of(one := FakeBackend("r:1"), two := FakeBackend("r:2", service_s=1.0))
+    pool.start()
+    key = Key(pool)
+    key.learn(["r:1", "r:2"], 1.0)
+    key.save_for_hedges()
+    for _ in range(3):
+        one.set_ready(is_ready=True)
+        two.set_ready(is_ready=False)
+        key.send()
+        await asyncio.sleep(0)
+        two.set_ready(is_ready=True)
+        one.sent[-1].fail(StreamLost("gone"))
+        await key.wait()
+        await asyncio.sleep(3.0)
+    assert pool.count_ejected() == 1
+    await asyncio.sleep(30.0)
+    key.send()
+    await key.wait()
+    assert (winners(key)[-1], sent(one, two)) == ("r:2", [4, 1])
+    await asyncio.sleep(50.0)
+    await key.exchange()
+    assert sent(one, two) == [4, 2]  # on trial again after 60 s
+    await pool.aclose()
+
+
 async def test_a_batch_nobody_waits_for_is_not_sent_twice() -> None:
     async with stalling() as (_, key, (one, two)):
         recipient = one.sent[0].batch.parts[0].block.recipient
