@@ -73,6 +73,11 @@ class Recovery:
         if self._isolation.rows:
             for piece in self._isolation.discard(block):
                 self._slots.leave(piece)
+            self._tell_queue()
+
+    def _tell_queue(self) -> None:
+        """The key's bounds are for its pieces, too."""
+        self._queue.set_others(self._isolation.rows, self._isolation.nbytes)
 
     def recount(self) -> None:
         """Tell the budget what waits of each tenant in pieces, after its bounds have changed."""
@@ -89,7 +94,9 @@ class Recovery:
 
     def take(self, piece: Piece) -> tuple[Part, ...]:
         """The rows of a piece that is to be sent; none if all of them have left."""
-        return self._isolation.take(piece) if piece.parts else ()
+        parts = self._isolation.take(piece) if piece.parts else ()
+        self._tell_queue()
+        return parts
 
     def sent(self, piece: Piece, batch: Batch) -> None:
         """A piece is in flight as this batch, until `landed`."""
@@ -161,6 +168,7 @@ class Recovery:
             self._slots.leave(piece)
         for piece in ruling.enter:
             self._slots.enter(self._taker, piece)
+        self._tell_queue()
 
     def _fail_rows(self, verdict: Verdict, error: BackendError) -> None:
         self._failed_rows("poison" if verdict.is_poison else error.reason).inc(count_rows(verdict.failed))

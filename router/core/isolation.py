@@ -77,9 +77,10 @@ class Isolation:
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        # State: the pieces that wait, by block; the rows in them; no deadline of theirs is earlier than `wake_at`.
+        # State: the pieces that wait, by block; the rows and bytes in them; no deadline of theirs is earlier than
+        # `wake_at`.
         self._waiting: dict[Block, dict[Piece, None]] = {}
-        self.rows = 0
+        self.rows = self.nbytes = 0
         self.wake_at = math.inf
 
     def __repr__(self) -> str:
@@ -188,8 +189,10 @@ class Isolation:
 
     def _count(self, parts: Iterable[Part], sign: int) -> None:
         for part in parts:
-            self.rows += sign * part.rows
-            self._budget.count(part.block.tenant, sign * part.rows, sign * part.nbytes)
+            rows, nbytes = sign * part.rows, sign * part.nbytes
+            self.rows += rows
+            self.nbytes += nbytes
+            self._budget.count(part.block.tenant, rows, nbytes)
 
 
 def _elsewhere(piece: Piece | None, parts: tuple[Part, ...], born_at: float, replica: str) -> Piece:

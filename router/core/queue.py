@@ -61,6 +61,8 @@ class KeyQueue:
         self._deadlines: list[tuple[float, int, ref[Block]]] = []
         self._next_tie = itertools.count().__next__
         self.rows = 0
+        # Rows and bytes of the key that wait elsewhere: they are in its bounds, too.
+        self._other_rows = self._other_bytes = 0
         self.set_bounds(
             max_batch_rows=max_batch_rows,
             max_rows=max_rows,
@@ -85,13 +87,23 @@ class KeyQueue:
         self.max_batch_rows = max_batch_rows
         self._max_rows = max_rows
         self._max_bytes = math.inf if max_bytes is None else max_bytes
-        # Both bounds in rows.
-        self._most_rows = min(max_rows, self._max_bytes // self._row_bytes) if self._row_bytes else max_rows
+        self._set_most_rows()
         self._weights = weights
         self._patience_s = patience_s
         for lane in self._lanes():
             if lane.tenant is not None:
                 lane.weight = self._weight(lane.tenant)
+
+    def set_others(self, rows: int, nbytes: int) -> None:
+        """So much of the key waits elsewhere from now on, in other books than these; its bounds are for all of it."""
+        self._other_rows, self._other_bytes = rows, nbytes
+        self._set_most_rows()
+
+    def _set_most_rows(self) -> None:
+        """Both bounds in rows, less what waits elsewhere."""
+        left_bytes = self._max_bytes - self._other_bytes
+        left_rows = self._max_rows - self._other_rows
+        self._most_rows = min(left_rows, left_bytes // self._row_bytes) if self._row_bytes else left_rows
 
     def recount(self) -> None:
         """Tell the budget what waits of each tenant, after its bounds have changed."""
@@ -196,8 +208,10 @@ class KeyQueue:
     def _refusal(self, tenant: str, rows: int, nbytes: int) -> RouterError | None:
         """Why so much more cannot be taken; None: it can."""
         return (
-            exceeded(rows, self.rows, self._max_rows, "rows", " for one model", "queue_rows")
-            or exceeded(nbytes, self.nbytes, self._max_bytes, "bytes", " for one model", "key_bytes")
+            exceeded(rows, self.rows + self._other_rows, self._max_rows, "rows", " for one model", "queue_rows")
+            or exceeded(
+                nbytes, self.nbytes + self._other_bytes, self._max_bytes, "bytes", " for one model", "key_bytes"
+            )
             or self._budget.refusal(tenant, rows, nbytes)
         )
 

@@ -413,6 +413,26 @@ async def test_of_a_single_slot_pieces_take_every_second_batch_while_rows_wait()
         assert len(backend.sent) == 15 + 3
 
 
+async def test_rows_in_pieces_are_in_the_bound_of_their_key() -> None:
+    backend = FakeBackend()
+    async with plane_of(backend, model=EIGHT, limits={"max_queued_rows": 8}) as plane:
+        plane.call(range(8))
+        await settle()
+        backend.sent[0].fail(ROWS)
+        await settle()  # four rows of it wait, four are sent
+        taken, refused = plane.call(range(10, 14)), plane.call([14])
+        assert isinstance(refused.reply.failures[0, 0], ResourceExhausted)
+        backend.sent[1].answer()
+        await settle()
+        later = plane.call([15])
+        for _ in range(20):
+            await settle()
+            for sent in backend.sent:
+                if not sent.future.done():
+                    sent.answer()
+        assert (taken.values, later.values) == ([20, 22, 24, 26], [30])
+
+
 async def test_without_a_limit_of_slots_sixteen_pieces_fly_at_once() -> None:
     backend = FakeBackend()
     async with plane_of(backend, model={**LARGE, "max_batch_size": 1024}, slots=0) as plane:
