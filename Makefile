@@ -1,7 +1,7 @@
 # The first target that needs .venv makes it; `make help` tells the rest.
 PYTHON ?= python3
 PYTEST_ARGS ?=
-TEST_WORKERS ?= 2
+TEST_WORKERS ?= 3
 LOCK_ARGS ?=
 BENCH_ARGS ?=
 SOAK_ARGS ?=
@@ -34,7 +34,7 @@ install: $(VENV) ## install the project itself into .venv, editable
 run: $(VENV) ## start mock, router and gateway; Ctrl-C drains and stops them
 	@$(BIN)/python tools/run.py
 
-test: $(VENV) ## run all tests, two files at a time; PYTEST_ARGS="-k batch -x" for some, TEST_WORKERS=0 for one by one
+test: $(VENV) ## run all tests, three files at a time; PYTEST_ARGS="-k batch -x" for some, TEST_WORKERS=0 for one by one
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 soak: $(VENV) ## the rows of the reliability plan at their full counts, hours; SOAK_ARGS="kills cancels" for some
