@@ -88,6 +88,8 @@ class Member:
         self.is_on_trial = False
         self.trial: object | None = None
         self.preference = 0
+        # Whether a batch of it came back since one was given up.
+        self.has_answered = True
         # Its batches, the oldest first.
         self.out: dict[object, Sent] = {}
         # Rings when its ejection is over.
@@ -156,7 +158,7 @@ class Member:
         return next(iter(self.out.values()), None)
 
     def was_alive(self, given_up: Sent, now: float) -> None:
-        """It only was busy with a batch that was given up: so long may its calls take.
+        """It only was busy with a batch that was given up, the second one in turn: so long may its calls take.
 
         What is given up is never measured. Were nothing learned by it, a replica whose calls take longer from now on
         would be given up with each of them, for ever.

@@ -228,6 +228,7 @@ class ReplicaPool:
     def _count_answer(self, slot: Slot, answer: BatchAnswer, hedging: Hedging) -> None:
         member = slot.seat.member
         state, ratio, common = member.breaker.state, None, 1.0
+        member.has_answered = True
         if member.pulse.is_doubtful:
             member.pulse.heard()
             self._survey()

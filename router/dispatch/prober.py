@@ -150,7 +150,9 @@ class Prober:
         in_flight = self._member.replica.in_flight
         logger.warning("backend %s gives no sign of life: its %d batches are lost", self._member.address, in_flight)
         self._pulse.is_suspect = True
-        self._given_up = self._member.oldest
+        # One that answers in between was frozen, and its calls are not any longer for that.
+        self._given_up = None if self._member.has_answered else self._member.oldest
+        self._member.has_answered = False
         self._member.replica.abandon()
         self._on_change()
 

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from router.core.pulse import Sign
+from router.core.types import BatchAnswer
 from router.dispatch.pool import ReplicaPool
 from router.errors import StreamLost
 from tests.unit.router.dispatch.client import Key, sent
@@ -120,10 +121,29 @@ async def test_a_replica_whose_calls_take_longer_from_now_on_is_not_given_up_for
     async with probing(one) as pool:
         key = Key(pool)
         key.learn(["r:1"], 1.0)
-        for _ in range(3):
+        for _ in range(4):
             key.send()
             await busy_for(one, 20.0)
-        assert [type(end).__name__ for end in key.ends] == ["StreamLost", "BatchAnswer", "BatchAnswer"]
+        ends = [type(end).__name__ for end in key.ends]
+        assert ends == ["StreamLost", "StreamLost", "BatchAnswer", "BatchAnswer"]
+
+
+async def test_a_replica_that_freezes_now_and_then_is_found_each_time() -> None:
+    """Bug: the first freeze counted as a call's time, and the next one was waited for as long."""
+    (one,) = backends(1)
+    async with probing(one) as pool:
+        key = Key(pool)
+        key.learn(["r:1"], 1.0)
+        for _ in range(3):
+            key.send()
+            await busy_for(one, 20.0, answers=False)
+            assert isinstance(key.ends[-1], StreamLost)
+            key.send()
+            await asyncio.sleep(1.0)
+            one.sent[-1].end(None)
+            await key.wait()
+            assert isinstance(key.ends[-1], BatchAnswer)
+        assert key.times.calls == 23
 
 
 async def test_a_replica_that_was_started_again_had_not_been_busy() -> None:
@@ -131,9 +151,10 @@ async def test_a_replica_that_was_started_again_had_not_been_busy() -> None:
     async with probing(one) as pool:
         key = Key(pool)
         key.learn(["r:1"], 1.0)
-        key.send()
-        await busy_for(one, 20.0, answers=False)
-        assert key.times.calls == 21
+        for calls in (20, 21):
+            key.send()
+            await busy_for(one, 20.0, answers=False)
+            assert key.times.calls == calls
         key.send()
         one.is_frozen = True
         await asyncio.sleep(50.0)
