@@ -77,8 +77,8 @@ class Prober:
         while True:
             await self._has_connected.wait()
             self._has_connected.clear()
-            await self._ask()
             next_at = loop.time() + random.uniform(0.5, 1) * self._interval_s  # noqa: S311 (spreads, guards nothing)
+            await self._ask()
             while not await self._reconnects_before(next_at):
                 next_at = loop.time() + self._interval_s
                 await self._ask()
