@@ -45,6 +45,7 @@ _OPTIONS = (
 
 _UnaryContext: TypeAlias = grpc.aio.ServicerContext[pb.ModelInferRequest, pb.ModelInferResponse]
 _StreamContext: TypeAlias = grpc.aio.ServicerContext[pb.ModelInferRequest, pb.ModelStreamInferResponse]
+_ConfigContext: TypeAlias = grpc.aio.ServicerContext[pb.ModelConfigRequest, pb.ModelConfigResponse]
 _MetadataContext: TypeAlias = grpc.aio.ServicerContext[pb.ModelMetadataRequest, pb.ModelMetadataResponse]
 
 
@@ -226,6 +227,16 @@ class _Servicer(pb_grpc.GRPCInferenceServiceServicer):
             return self._runner.metadata(request.name)
         except BatchError as error:
             await context.abort(grpc.StatusCode[error.code], str(error))
+
+    async def ModelConfig(self, _request: object, context: _ConfigContext) -> pb.ModelConfigResponse:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "model configurations are Triton's")
+
+    async def RepositoryIndex(self, _request: object, _context: object) -> pb.RepositoryIndexResponse:
+        """The models that it was told to serve; one that serves any name has nothing to list."""
+        entry = pb.RepositoryIndexResponse.ModelIndex
+        return pb.RepositoryIndexResponse(
+            models=[entry(name=name, version="1", state="READY") for name in sorted(self._config.models)]
+        )
 
 
 async def _add_side_services(server: grpc.aio.Server, health_servicer: health.aio.HealthServicer) -> None:

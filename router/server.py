@@ -21,6 +21,7 @@ from router.dataplane import DataPlane
 from router.dispatch.pool import ReplicaPool, Rules
 from router.dispatch.replica import Replica
 from router.metrics import Metrics
+from router.models import Models
 from router.servicers.access import Access
 from router.servicers.convert import Routes, VectorOutputs
 from router.servicers.health import Health
@@ -94,7 +95,10 @@ class RouterServer:
         self._backends = Backends(settings, make_pool, self.metrics)
         self.plane = DataPlane(settings, self._backends.pools, self.metrics)
         access = Access(self.metrics, settings.log_requests)
-        self._around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs(), Tenants(settings))
+        self._models = Models(settings)
+        self._around = Surroundings(
+            settings, self.plane, self._models, Routes(settings), access, VectorOutputs(), Tenants(settings)
+        )
         self._rpcs = Rpcs()
         self._servicer = InferenceServicer(self._around, self._rpcs)
         self._open_inference = OpenInferenceServicer(self._around, self._rpcs)
@@ -113,6 +117,7 @@ class RouterServer:
         self._settings = settings
         self._backends.apply(settings, self.plane.uses)
         self.plane.apply(settings)
+        self._models.apply(settings)
         self._around.apply(settings)
         self._open_inference.apply(settings)
 

@@ -78,6 +78,9 @@ class BatchKey:
     agent_type: str
     inputs: tuple[TensorSpec, ...]
     parameters: tuple[tuple[str, ParameterValue], ...] = ()
+    # False: the model takes no batches. A row is a whole request then, a batch one row, and `row_shape` the shape on
+    # the wire, without a dimension of rows before it.
+    is_batched: bool = True
     # Bytes of one row over all inputs of a fixed width; whether there are others.
     row_bytes: int = field(init=False, repr=False)
     is_variable: bool = field(init=False, repr=False)
@@ -87,7 +90,7 @@ class BatchKey:
     def __post_init__(self) -> None:
         # True == 1 == 1.0 in Python, but not for a model: the values' types are part of the identity.
         typed = tuple((name, type(value).__name__, value) for name, value in self.parameters)
-        identity = (self.model_name, self.model_version, self.agent_type, self.inputs, typed)
+        identity = (self.model_name, self.model_version, self.agent_type, self.inputs, typed, self.is_batched)
         object.__setattr__(self, "row_bytes", sum(spec.row_bytes for spec in self.inputs))
         object.__setattr__(self, "is_variable", any(spec.is_variable for spec in self.inputs))
         object.__setattr__(self, "_identity", identity)
@@ -127,8 +130,8 @@ class Block:
     """Consecutive rows of one call for one key; the unit that is queued.
 
     `inputs`: raw bytes per tensor of the key, row-major, `rows` rows each. `deadline` and `arrived_at`: monotonic
-    seconds. `tenant` and class: whose share of a batch the rows take. Rows that differ in width are in
-    `variable.VariableBlock`.
+    seconds. `tenant` and class: whose share of a batch the rows take. `outputs`: the names of those that are wanted,
+    all when empty. Rows that differ in width are in `variable.VariableBlock`.
     """
 
     key: BatchKey
@@ -142,6 +145,7 @@ class Block:
     recipient: Recipient
     tenant: str = DEFAULT_TENANT
     is_batch_class: bool = False
+    outputs: tuple[str, ...] = ()
 
     def whole(self) -> "Part":
         """All rows of the block, never tried yet."""

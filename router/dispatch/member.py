@@ -16,6 +16,7 @@ from enum import IntEnum
 from typing import Protocol, TypeAlias
 
 from router.core.breaker import TRIAL_ROWS, Breaker, State
+from router.core.model_info import IndexEntry, ModelReport
 from router.core.pulse import Pulse, Sign
 from router.core.service_time import ServiceTimes
 from router.core.types import Batch, BatchAnswer
@@ -58,6 +59,12 @@ class Backend(Protocol):
 
     async def probe(self) -> Sign:
         """Ask whether it lives and is ready, however long that takes."""
+
+    async def describe(self, model: tuple[str, str]) -> ModelReport:
+        """Ask about a model, by name and version. Raises StreamLost when nobody answers."""
+
+    async def index(self) -> tuple[IndexEntry, ...]:
+        """Ask for the models of its repository; none where it does not tell. Raises StreamLost when nobody answers."""
 
     async def aclose(self) -> None:
         """Let go of everything."""

@@ -12,8 +12,8 @@ import asyncio
 import logging
 import re
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import NoReturn, TypeVar
+from collections.abc import Callable
+from typing import NoReturn
 
 import grpc
 import grpc.aio
@@ -22,8 +22,10 @@ from protos.open_inference import open_inference_pb2 as pb
 from protos.open_inference import open_inference_pb2_grpc as pb_grpc
 from router.core.answer import ROW_ERRORS, model_text, read_answer
 from router.core.batch import merge
+from router.core.model_info import IndexEntry, ModelReport
 from router.core.pulse import Sign
 from router.core.types import Batch, BatchAnswer, Outputs, ParameterValue, Tensor
+from router.dispatch.questions import LOST, Questions
 from router.errors import (
     BackendError,
     BackendExhausted,
@@ -47,7 +49,6 @@ REMEMBERED_IDS = 16
 ABANDONED_AT = 0.0
 INT64_MAX = 2**63 - 1
 
-_LOST = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED})
 # What the caller is told, and who is to blame; of every other refusal that is unclear, and the model has failed.
 _REFUSALS: dict[grpc.StatusCode, tuple[type[RouterError], Blame]] = {
     grpc.StatusCode.INVALID_ARGUMENT: (InvalidArgument, Blame.ROWS),
@@ -60,7 +61,6 @@ _REFUSALS: dict[grpc.StatusCode, tuple[type[RouterError], Blame]] = {
 }
 _REQUEST_ID = re.compile(r"^\[request id: (?P<id>[^\]]*)\] ?")
 
-A = TypeVar("A")
 StreamCall = grpc.aio.StreamStreamCall[pb.ModelInferRequest, pb.ModelStreamInferResponse]
 
 
@@ -201,16 +201,20 @@ class Replica:
             self._idle.popleft().close()
 
     async def probe(self) -> Sign:
-        """See member.Backend. A foreign server may know neither question; it lives if it says so."""
-        assert self._stub is not None, "probe() before start(): this is a bug"
-        try:
-            live = await _hear(self._stub.ServerLive(pb.ServerLiveRequest()), self.address)
-            if live is not None and not live.live:
-                return Sign.NONE
-            ready = await _hear(self._stub.ServerReady(pb.ServerReadyRequest()), self.address)
-        except StreamLost:
-            return Sign.NONE
-        return Sign.READY if ready is None or ready.ready else Sign.UNREADY
+        """See member.Backend."""
+        return await self._ask().probe()
+
+    async def describe(self, model: tuple[str, str]) -> ModelReport:
+        """See member.Backend."""
+        return await self._ask().describe(model)
+
+    async def index(self) -> tuple[IndexEntry, ...]:
+        """See member.Backend."""
+        return await self._ask().index()
+
+    def _ask(self) -> Questions:
+        assert self._stub is not None, "a question before start(): this is a bug"
+        return Questions(self._stub, self.address)
 
     def reserve(self) -> None:
         """See member.Backend."""
@@ -237,16 +241,6 @@ class Replica:
         if size > self._max_message_bytes:
             limit = f"the message limit of {self._max_message_bytes} bytes"
             raise Refused(f"a batch of {size} bytes is over {limit}", blame=Blame.ROWS)
-
-
-async def _hear(answer: Awaitable[A], address: str) -> A | None:
-    """An answer; None where the server does not know the question, or fails at it. Raises StreamLost."""
-    try:
-        return await answer
-    except grpc.aio.AioRpcError as error:
-        if error.code() in _LOST:
-            raise StreamLost(f"{address}: {error.details()}") from error
-        return None
 
 
 class _Stream:
@@ -379,7 +373,7 @@ def translate_status(code: grpc.StatusCode, details: str | None, address: str) -
     A batch that the server does not read has too many rows. An answer that we do not read may be the replica's fault.
     """
     text = details or code.name
-    if code in _LOST:
+    if code in LOST:
         return StreamLost(f"{address}: {model_text(text)}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
         blame = Blame.UNCLEAR if "CLIENT: Received" in text else Blame.ROWS

@@ -43,11 +43,11 @@ class OpenInferenceServicer:
     def __init__(self, around: Surroundings, rpcs: Rpcs) -> None:
         self._around = around
         self._rpcs = rpcs
-        self._targets = tensors.Targets(around.settings)
+        self._targets = tensors.Targets(around.settings, around.models)
 
     def apply(self, settings: Settings) -> None:
         """Find models by other settings."""
-        self._targets = tensors.Targets(settings)
+        self._targets = tensors.Targets(settings, self._around.models)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register what is there; see InferenceServicer."""

@@ -25,6 +25,7 @@ from router.config import Settings
 from router.core.types import DEFAULT_TENANT, BatchAnswer, Block, Part
 from router.dataplane import Call, DataPlane
 from router.errors import Cancelled, InternalError, InvalidArgument, ResourceExhausted, RouterError
+from router.models import Models
 from router.servicers import convert
 from router.servicers.access import OK, PARTIAL, Access
 from router.servicers.status import status_of, to_proto
@@ -56,6 +57,7 @@ class Surroundings:
 
     settings: Settings
     plane: DataPlane
+    models: Models
     routes: convert.Routes
     access: Access
     outputs: convert.VectorOutputs

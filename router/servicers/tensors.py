@@ -21,7 +21,8 @@ from router.config import LimitSettings, Settings
 from router.core.elements import LENGTH, Offsets, scan
 from router.core.types import ITEM_SIZE, BatchKey, Block, ParameterValue, Recipient, Tensor, TensorSpec
 from router.core.variable import VariableBlock
-from router.errors import InvalidArgument, ModelFailed, NotFound
+from router.errors import InvalidArgument, ModelFailed
+from router.models import Models
 from router.servicers.convert import Terms, check_name
 
 # Characters that names, shapes and parameters of a request may have together. They are kept with the key, of which
@@ -80,8 +81,9 @@ class Target:
 class Targets:
     """What a request says of its model, its tensors and its parameters to a target; remembered."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, models: Models) -> None:
         self._settings = settings
+        self._models = models
         # `typed` looks at the arguments only, so the types of the parameters' values are one of them.
         self._remembered = functools.lru_cache(maxsize=settings.limits.max_keys)(self._find)
 
@@ -105,9 +107,7 @@ class Targets:
     ) -> Target:
         model_name, model_version = model
         self._check_names(model_name, model_version, agent_type)
-        settings = self._settings.route(model_name, agent_type)
-        if settings is None:
-            raise NotFound(f"no model {model_name!r} for agent type {agent_type!r}")
+        settings = self._models.find(model_name, model_version, agent_type).settings
         if settings.send_agent_type and agent_type:
             parameters = tuple(sorted([*parameters, (_AGENT_TYPE, agent_type)], key=lambda item: item[0]))
         return Target(BatchKey(model_name, model_version, agent_type, inputs, parameters), settings.max_batch_bytes)

@@ -8,6 +8,7 @@ import numpy as np
 
 from router.core.answer import read_answer
 from router.core.batch import merge
+from router.core.model_info import IndexEntry, ModelReport, ModelState
 from router.core.pulse import Sign
 from router.core.types import Batch, BatchAnswer, Outputs, Part, Tensor
 from router.dispatch.pool import ReplicaPool, Rules
@@ -70,6 +71,9 @@ class FakeBackend:
         self.probe_s = 0.01
         self.probed_at: list[float] = []
         self.is_frozen = False
+        # What it tells of models by name, and which it was asked about.
+        self.reports: dict[str, ModelReport] = {}
+        self.described: list[tuple[str, str]] = []
         self._lost = asyncio.Event()
         self._is_ready = is_ready
         self._on_change: Callable[[], None] = lambda: None
@@ -122,6 +126,13 @@ class FakeBackend:
             await self._lost.wait()
             return Sign.NONE
         return self.sign
+
+    async def describe(self, model: tuple[str, str]) -> ModelReport:
+        self.described.append(model)
+        return self.reports.get(model[0], ModelReport(ModelState.READY))
+
+    async def index(self) -> tuple[IndexEntry, ...]:
+        return tuple(IndexEntry(name, "", report.state.name) for name, report in self.reports.items())
 
     async def infer(self, batch: Batch) -> BatchAnswer:
         loop = asyncio.get_running_loop()

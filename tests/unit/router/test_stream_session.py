@@ -14,6 +14,7 @@ from protos.inference_router.v1 import inference_router_pb2 as pb
 from router.config import Settings
 from router.dataplane import DataPlane
 from router.metrics import Metrics
+from router.models import Models
 from router.servicers.access import Access
 from router.servicers.convert import Routes, VectorOutputs
 from router.servicers.stream import Context, StreamSession, Surroundings
@@ -73,7 +74,9 @@ class Session:
         self.backend = FakeBackend(service_s=0.1)
         self.plane = DataPlane(settings, {"mock": pool_of(self.backend, max_in_flight=4)}, self.metrics)
         access = Access(self.metrics, settings.log_requests)
-        around = Surroundings(settings, self.plane, Routes(settings), access, VectorOutputs(), Tenants(settings))
+        around = Surroundings(
+            settings, self.plane, Models(settings), Routes(settings), access, VectorOutputs(), Tenants(settings)
+        )
         self.client = Client()
         self.session = StreamSession(around, cast(Context, self.client), is_draining=False)
 

@@ -13,6 +13,7 @@ from router.core.types import Block, Tensor
 from router.core.variable import VariableBlock
 from router.dispatch.replica import to_request
 from router.errors import InvalidArgument, ModelFailed, RouterError
+from router.models import Models
 from router.servicers.convert import Routes, Terms
 from router.servicers.tensors import Rows, Targets, choose, join, read, timeout_s, to_response
 from tests.builders import Listener, encode_texts, make_batch
@@ -37,7 +38,7 @@ def request(*tensors: pb.ModelInferRequest.InferInputTensor, raw: Sequence[bytes
 
 def rows_of_request(message: pb.ModelInferRequest, **model: object) -> Rows:
     given = settings(**model)
-    return read(message, Targets(given), given.limits)
+    return read(message, Targets(given, Models(given)), given.limits)
 
 
 def refusal(message: pb.ModelInferRequest) -> str:
@@ -133,7 +134,7 @@ def test_a_vector_has_the_key_of_a_native_one(agent_type: str) -> None:
     message = request(tensor("vector", "FP32", [1, 3]), raw=[bytes(12)])
     if agent_type:
         message.parameters["agent_type"].string_param = agent_type
-    ours = read(message, Targets(given), given.limits).target.key
+    ours = read(message, Targets(given, Models(given)), given.limits).target.key
     assert ours == Routes(given).find(agent_type, "m", 3).key
 
 
@@ -164,7 +165,7 @@ def test_a_model_that_wants_no_agent_type_is_not_told() -> None:
 
 def test_targets_remember_and_still_tell_true_from_one() -> None:
     given = settings()
-    targets = Targets(given)
+    targets = Targets(given, Models(given))
 
     def target(name: str) -> object:
         message = request(tensor("x", "FP32", [1]), raw=[bytes(4)])

@@ -1,0 +1,52 @@
+"""Models: what requests meet under a model's name: its settings, and what its backend tells of it."""
+
+from dataclasses import dataclass
+
+from router.config import ModelSettings, Settings
+from router.core.model_info import ModelInfo
+from router.errors import NotFound
+
+
+class Unlearned(Exception):
+    """Nobody has asked the backend about the model yet: `await Models.learn(*model)`, then try again."""
+
+    def __init__(self, model: tuple[str, str, str]) -> None:
+        super().__init__(f"the backend was not asked about {model} yet")
+        self.model = model
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model for one agent type. `info` None: its backend does not tell, and only the settings count.
+
+    `is_batched`: whether rows of several requests may share a call; if not, each request goes as it stands.
+    `max_batch_rows`: of one call.
+    """
+
+    settings: ModelSettings
+    info: ModelInfo | None
+    is_batched: bool
+    max_batch_rows: int
+
+
+class Models:
+    """The models of a router."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def find(self, model_name: str, model_version: str, agent_type: str) -> Model:  # noqa: ARG002 (known to backends)
+        """The model that rows go to.
+
+        Raises:
+            NotFound: no settings match, or the backend has no such model.
+            Unlearned: nobody knows yet.
+        """
+        settings = self._settings.route(model_name, agent_type)
+        if settings is None:
+            raise NotFound(f"no model {model_name!r} for agent type {agent_type!r}")
+        return Model(settings, None, is_batched=True, max_batch_rows=settings.max_batch_size)
+
+    def apply(self, settings: Settings) -> None:
+        """Go on by other settings."""
+        self._settings = settings
