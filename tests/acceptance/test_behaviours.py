@@ -137,7 +137,7 @@ async def test_a_short_deadline_behind_a_long_batch_is_answered_in_time_and_neve
     patient = stack.ask("short deadline")
     await ended([plug, hasty, patient])
     assert dict(hasty.codes) == {"DEADLINE_EXCEEDED": 1}
-    assert hasty.latency_s < BATCH_S / 4 + 0.1
+    assert hasty.latency_s < BATCH_S / 2
     assert dict(patient.codes) == {"": 1}
     assert await stack.executed_rows("short deadline", 2) == [1, 1]
     assert stack.ledger.problems == []
