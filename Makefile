@@ -34,7 +34,9 @@ install: $(VENV) ## install the project itself into .venv, editable
 run: $(VENV) ## start mock, router and gateway; Ctrl-C drains and stops them
 	@$(BIN)/python tools/run.py
 
+# Compiled once, as in venv.sh: hundreds of processes are started.
 test: $(VENV) ## run all tests, three files at a time; PYTEST_ARGS="-k batch -x" for some, TEST_WORKERS=0 for one by one
+	@$(BIN)/python -m compileall -q protos router router_client rest_gateway mock_nn
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 soak: $(VENV) ## the rows of the reliability plan at their full counts, hours; SOAK_ARGS="kills cancels" for some

@@ -174,7 +174,7 @@ class QueueAgainstRules(RuleBasedStateMachine):
 
 
 TestQueueAgainstRules = QueueAgainstRules.TestCase
-TestQueueAgainstRules.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestQueueAgainstRules.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
 @settings(deadline=None)

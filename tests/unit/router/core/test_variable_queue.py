@@ -207,4 +207,4 @@ class QueueAgainstModel(RuleBasedStateMachine):
 
 
 TestQueueAgainstModel = QueueAgainstModel.TestCase
-TestQueueAgainstModel.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestQueueAgainstModel.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

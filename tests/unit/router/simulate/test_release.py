@@ -25,7 +25,7 @@ def both(scenario: Scenario) -> tuple[Figures, Figures]:
     return run(plain), run(scenario)
 
 
-def slot(traffic: Traffic, seconds: float = 40.0) -> Scenario:
+def slot(traffic: Traffic, seconds: float = 25.0) -> Scenario:
     """One slot of 50 ms, batches of 64."""
     return Scenario(traffic, SLOT, seconds=seconds, warm_up_s=5.0)
 
@@ -74,7 +74,7 @@ def test_callers_who_do_not_come_back_are_not_waited_for(load: float) -> None:
 def test_no_traffic_is_served_worse(service: str, arrivals: str, replicas: int, load: float) -> None:
     """At most 1 % in the mean and 3 % in the p99."""
     rate = load * Scenario(Traffic(), parse_service(service), replicas=replicas).capacity
-    seconds = 25_000 / rate
+    seconds = 15_000 / rate
     traffic = Traffic(rate=rate, arrivals=arrivals)
     plain, full = both(Scenario(traffic, parse_service(service), replicas=replicas, seconds=seconds, warm_up_s=0))
     assert full.mean_s <= 1.01 * plain.mean_s
@@ -97,10 +97,10 @@ def test_even_gaps_come_near_the_mean_latency_that_theory_gives() -> None:
 @pytest.mark.parametrize("service", ["0.05", "3-7", "0.005+0.00035*rows"])
 @pytest.mark.parametrize("replicas", [1, 4])
 def test_saturated_slots_do_all_that_they_can(service: str, replicas: int) -> None:
-    """400 calls a slot; of U(3, 7) their mean is up to 3 % off, for one slot."""
+    """250 calls a slot; of U(3, 7) their mean is up to 3 % off, for one slot."""
     parsed = parse_service(service)
     bare = Scenario(Traffic(), parsed, replicas=replicas)
-    seconds = 400 * parsed.mean_s(64)
+    seconds = 250 * parsed.mean_s(64)
     traffic = Traffic(rate=1.2 * bare.capacity)
     scenario = Scenario(traffic, parsed, replicas=replicas, seconds=seconds, warm_up_s=seconds / 10)
     assert run(scenario).answered >= 0.98 * (0.97 if parsed.low_s < parsed.high_s else 1) * bare.capacity
