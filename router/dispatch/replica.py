@@ -1,8 +1,7 @@
-"""Replica: one address of a backend, its channel and its streams.
+"""Replica: one address of a backend, its channel, and its streams or calls (`exchange.py`).
 
-A stream carries one batch at a time and belongs to one `infer` while it does, so no answer can be taken for another's
-and no batch waits behind another. Between batches streams wait in a pool, whatever the model; they are opened on
-demand and closed when idle. Whatever goes wrong on a stream ends that stream only.
+Each batch that is out has a stream, or a call, to itself. Between batches streams wait in a pool, whatever the model;
+they are opened on demand and closed when idle. Whatever goes wrong on a stream ends that stream only.
 
 This module speaks gRPC and translates its failures; it knows nothing of retries, policies or other replicas, and never
 decides to try again.
@@ -18,10 +17,11 @@ import grpc.aio
 
 from protos.open_inference import open_inference_pb2 as pb
 from protos.open_inference import open_inference_pb2_grpc as pb_grpc
+from router.config import ProtocolName
 from router.core.model_info import IndexEntry, ModelReport
 from router.core.pulse import Sign
 from router.core.types import Batch, BatchAnswer
-from router.dispatch.exchange import Stream
+from router.dispatch.exchange import Call, Exchange, Stream
 from router.dispatch.questions import Questions
 from router.dispatch.wire import to_answer, to_request
 from router.errors import BatchTimeout, Blame, Refused, StreamLost
@@ -49,11 +49,20 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
 class Replica:
     """One replica; `start` it on the loop, `aclose` it at the end.
 
-    max_in_flight: batches at a time, whatever their model; each has a stream.
+    max_in_flight: batches at a time, whatever their model; each has a stream or a call.
     """
 
-    def __init__(self, address: str, *, batch_timeout_s: float, max_message_bytes: int, max_in_flight: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        batch_timeout_s: float,
+        max_message_bytes: int,
+        max_in_flight: int,
+        protocol: ProtocolName = "stream",
+    ) -> None:
         self.address = address
+        self._protocol = protocol
         self._max_in_flight = max_in_flight
         self._batch_timeout_s = batch_timeout_s
         self._max_message_bytes = max_message_bytes
@@ -63,7 +72,7 @@ class Replica:
         self._stub: pb_grpc.GRPCInferenceServiceAsyncStub | None = None
         self._watch_task: asyncio.Task[None] | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
-        self._idle: deque[Stream] = deque()
+        self._idle: deque[Exchange] = deque()
         self._out: set[asyncio.Timeout] = set()
         self._is_connected = False
         self._on_change: Callable[[], None] = lambda: None
@@ -130,36 +139,36 @@ class Replica:
     async def infer(self, batch: Batch) -> BatchAnswer:
         """Send one batch and wait for its answer, at most `batch_timeout_s`.
 
-        Cancelling it ends the batch's stream. Raises BackendError.
+        Cancelling it ends the batch's stream or call. Raises BackendError.
         """
         loop = asyncio.get_running_loop()
-        stream = None
+        exchange = None
         bound = asyncio.timeout(self._batch_timeout_s)
         try:
             request = to_request(batch)
             self._check_size(request)
-            stream = self._take_stream()
+            exchange = self._take_exchange()
             dispatched_at = loop.time()
             self._out.add(bound)
             async with bound:
-                response = await stream.exchange(request)
-            stream.idle_since = answered_at = loop.time()
+                response = await exchange.exchange(request)
+            exchange.idle_since = answered_at = loop.time()
             answer = to_answer(batch, response, self.address, dispatched_at, answered_at)
-            if not answer.fault:
-                self._idle.append(stream)
-                stream = None
+            if exchange.lasts and not answer.fault:
+                self._idle.append(exchange)
+                exchange = None
         except TimeoutError as error:
             if bound.when() == ABANDONED_AT:
                 raise StreamLost(f"{self.address} gave no sign of life") from error
             raise BatchTimeout(f"{self.address} did not answer within {self._batch_timeout_s:g} s") from error
         finally:
             self._out.discard(bound)
-            if stream:
-                stream.close()
+            if exchange:
+                exchange.close()
         return answer
 
     def abandon(self) -> None:
-        """See member.Backend. Their streams end with them."""
+        """See member.Backend. Their streams and calls end with them."""
         for bound in self._out:
             if not bound.expired():
                 bound.reschedule(ABANDONED_AT)
@@ -195,14 +204,16 @@ class Replica:
         if self.in_flight == self._max_in_flight - 1:
             self._on_change()
 
-    def _take_stream(self) -> Stream:
-        """The stream that was used last, so that the surplus ages and is closed; else a new one."""
+    def _take_exchange(self) -> Exchange:
+        """The stream that was used last, so that the surplus ages and is closed; else a new one, or a call."""
         while self._idle:
             stream = self._idle.pop()
             if not stream.is_over:
                 return stream
             stream.close()
         assert self._stub is not None, "infer() before start(): this is a bug"
+        if self._protocol == "unary":
+            return Call(self._stub.ModelInfer, self.address, self._batch_timeout_s)
         return Stream(self._stub.ModelStreamInfer(), self.address)
 
     def _check_size(self, request: pb.ModelInferRequest) -> None:

@@ -3,12 +3,16 @@
 Pure: it knows messages and statuses of the Open Inference Protocol, no connection and no time.
 """
 
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
 import grpc
 import grpc.aio
 
 from protos.open_inference import open_inference_pb2 as pb
 from router.core.answer import ROW_ERRORS, model_text, read_answer
 from router.core.batch import merge
+from router.core.contents import FIELDS, MAX_TYPED, MAX_TYPED_TEXTS, to_raw
 from router.core.types import Batch, BatchAnswer, Outputs, ParameterValue, Tensor
 from router.errors import (
     BackendError,
@@ -22,6 +26,8 @@ from router.errors import (
     RouterError,
     StreamLost,
 )
+
+OutputTensor: TypeAlias = pb.ModelInferResponse.InferOutputTensor
 
 INT64_MAX = 2**63 - 1
 
@@ -80,14 +86,46 @@ def to_answer(
 
 
 def to_outputs(response: pb.ModelInferResponse) -> Outputs:
-    """The answer's tensors. Raises Malformed when there is not one raw entry for each."""
-    if len(response.raw_output_contents) != len(response.outputs):
-        count = f"{len(response.outputs)} outputs and {len(response.raw_output_contents)} raw contents"
-        raise Malformed(f"the backend answered with {count}")
+    """The answer's tensors. Raises Malformed when they are neither all raw nor all typed, and well so."""
+    contents: Sequence[bytes] = response.raw_output_contents
+    if len(contents) != len(response.outputs):
+        contents = _read_typed(response)
     return tuple(
         Tensor(output.name, output.datatype, tuple(output.shape), data)
-        for output, data in zip(response.outputs, response.raw_output_contents, strict=True)
+        for output, data in zip(response.outputs, contents, strict=True)
     )
+
+
+def _read_typed(response: pb.ModelInferResponse) -> list[bytes]:
+    """Raw bytes of typed outputs, which is how MLServer answers."""
+    if response.raw_output_contents:
+        count = f"{len(response.outputs)} outputs and {len(response.raw_output_contents)} raw contents"
+        raise Malformed(f"the backend answered with {count}")
+    _check_typed(response.outputs)
+    return [_to_raw(output) for output in response.outputs]
+
+
+def _check_typed(outputs: Sequence[OutputTensor]) -> None:
+    """Each element takes time, and the others wait meanwhile; of fewer rows there are less."""
+    texts = sum(len(output.contents.bytes_contents) for output in outputs)
+    numbers = sum(len(_elements(output)) for output in outputs) - texts
+    for count, most, what in ((texts, MAX_TYPED_TEXTS, "BYTES"), (numbers, MAX_TYPED, "number")):
+        if count > most:
+            raise Refused(f"the answer has {count} {what} elements in typed contents, at most {most} are read")
+
+
+def _elements(output: OutputTensor) -> Sequence[Any]:
+    if output.datatype not in FIELDS:
+        raise Malformed(f"output {output.name!r} has datatype {output.datatype!r} and no raw contents")
+    elements: Sequence[Any] = getattr(output.contents, FIELDS[output.datatype][0])
+    return elements
+
+
+def _to_raw(output: OutputTensor) -> bytes:
+    try:
+        return to_raw(output.datatype, _elements(output))
+    except ValueError as error:
+        raise Malformed(f"output {output.name!r}: {error}") from error
 
 
 def translate(error: grpc.aio.AioRpcError, address: str) -> BackendError:
