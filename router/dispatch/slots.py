@@ -14,6 +14,7 @@ It moves whole batches: no gRPC, no callers, no rows. Every decision is a plain 
 
 import asyncio
 import random
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -85,10 +86,14 @@ class Slot:
 
 
 class ModelSlots:
-    """The slots of one model over all replicas of its pool."""
+    """The slots of one model over all replicas of its pool: `max_in_flight` on each, 0: no limit.
 
-    def __init__(self, members: Iterable[Member], max_in_flight: int) -> None:
-        self._max_in_flight = max_in_flight
+    `max_in_flight_total`: for how many batches a replica has room, whatever their models.
+    """
+
+    def __init__(self, members: Iterable[Member], max_in_flight: int, max_in_flight_total: int = sys.maxsize) -> None:
+        self._max_in_flight_total = max_in_flight_total
+        self._max_in_flight = min(max_in_flight, max_in_flight_total)
         # State: a seat per member; the slots that are taken, how many of them by splits, and whether the latest batch
         # was one; keys in turn for a slot, keys whose hold ends when a slot is taken or freed, and keys whose hold does
         # not: each key in one of the three at most; pieces that wait; one timer for the end of a pause; whether
@@ -157,7 +162,7 @@ class ModelSlots:
 
     def set_max_in_flight(self, max_in_flight: int) -> None:
         """Change the slots per replica; what is in flight beyond them ends in its own time."""
-        self._max_in_flight = max_in_flight
+        self._max_in_flight = min(max_in_flight, self._max_in_flight_total)
         self.assign()
 
     def request(self, taker: Taker) -> None:
@@ -337,7 +342,10 @@ class ModelSlots:
         return Load(seat.in_flight, seat.member.replica.in_flight, can_take, predicted_s, seat.member.preference)
 
     def _count_room(self, seat: Seat) -> int:
-        return 1 if seat.member.is_on_trial else self._max_in_flight - seat.in_flight
+        """Free slots there; other models may have taken the room."""
+        if seat.member.is_on_trial:
+            return 1
+        return min(self._max_in_flight - seat.in_flight, self._max_in_flight_total - seat.member.replica.in_flight)
 
     def _wait_for_pause(self, now: float) -> None:
         resumes = [seat.resume_at for seat in self._seats if seat.resume_at > now + CLOCK_SLACK_S]
