@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # While nobody answers, or blocks wait for a model to be loaded, it is asked that often.
 RETRY_S = 1.0
+# How often it is looked at whether a model is still in use that is not asked about again.
+LOOK_S = 60.0
 # A model whose batches are refused is not asked about more often than this.
 LEAST_PAUSE_S = 0.25
 
@@ -32,8 +34,8 @@ LEAST_PAUSE_S = 0.25
 class ModelWatch:
     """Watches (name, version) at a backend's pool until `aclose`, or until it is idle.
 
-    `interval_s`: until it is asked again; `is_idle`: whether it is of no more use, which is asked before that;
-    `on_change`: what is known is other than before; `on_idle`: it has stopped.
+    `interval_s`: until it is asked again, 0: never; `is_idle`: whether it is of no more use, which is asked before
+    that; `on_change`: what is known is other than before; `on_idle`: it has stopped.
     """
 
     def __init__(
@@ -95,18 +97,29 @@ class ModelWatch:
 
     async def _run(self) -> None:
         spread = random.uniform(0.5, 1)  # noqa: S311 (spreads, guards nothing)
+        is_due = True
         while not self._is_idle(self):
-            await self.ask()
-            if not self.is_answered:
+            if is_due:
+                await self.ask()
+            if self.is_answered:
+                is_due = await self._wait_until_due(spread)
+                spread = 1.0
+            else:
                 await self._pause(self.pool.wait_for_change(), RETRY_S)
-                continue
-            pause_s = self._interval_s(self) * spread
-            await self._pause(self._is_doubted.wait(), min(pause_s, RETRY_S) if self.room.rows else pause_s)
-            if self._is_doubted.is_set():
-                self._is_doubted.clear()
-                await asyncio.sleep(self.asked_at + LEAST_PAUSE_S - self._loop.time())
-            spread = 1.0
+                is_due = True
         self._on_idle(self)
+
+    async def _wait_until_due(self, spread: float) -> bool:
+        """Whether it is to be asked again now; at times it is only looked at."""
+        interval_s = self._interval_s(self)
+        is_waited_for = self.room.rows > 0
+        pause_s = interval_s * spread or LOOK_S
+        await self._pause(self._is_doubted.wait(), min(pause_s, RETRY_S) if is_waited_for else pause_s)
+        is_doubted = self._is_doubted.is_set()
+        if is_doubted:
+            self._is_doubted.clear()
+            await asyncio.sleep(self.asked_at + LEAST_PAUSE_S - self._loop.time())
+        return is_waited_for or is_doubted or interval_s > 0
 
     async def _pause(self, until: Awaitable[object], most_s: float) -> None:
         with contextlib.suppress(TimeoutError):

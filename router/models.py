@@ -296,16 +296,16 @@ class Models:
             raise ResourceExhausted(message, reason="keys", retry_after_s=KEYS_RETRY_AFTER_S)
 
     def _interval_s(self, watch: ModelWatch) -> float:
-        """Longer where there are so many models that the questions would be a load of their own."""
+        """Longer where there are so many models that the questions would be a load of their own. 0: never."""
         interval_s = self._settings.backends[watch.backend].model_interval_s
         if not interval_s:
-            return ABSENT_S if watch.is_absent else self._settings.limits.key_idle_s
+            return ABSENT_S if watch.is_absent else 0.0
         return max(interval_s, len(self._watches) * QUESTION_S)
 
     def _is_idle(self, watch: ModelWatch) -> bool:
         """A model that is not there is remembered for one interval only: names cost nothing to invent."""
         if watch.is_absent:
-            return watch.used_at <= watch.asked_at and not watch.room.rows
+            return watch.used_at < watch.asked_at and not watch.room.rows
         idle_at = watch.used_at + self._settings.limits.key_idle_s
         return idle_at <= asyncio.get_running_loop().time() and not watch.room.rows and not watch.pool.uses(watch.model)
 
