@@ -19,6 +19,7 @@ from router.backends import Backends
 from router.config import BackendSettings, Settings, check_same_process
 from router.core.model_info import ModelState
 from router.dataplane import DataPlane
+from router.dispatch.certificates import Certificates
 from router.dispatch.pool import ReplicaPool, Rules
 from router.dispatch.replica import Replica
 from router.metrics import Metrics
@@ -76,6 +77,8 @@ def make_pool(settings: Settings, backend: BackendSettings) -> ReplicaPool:
         batch_timeout_s=settings.batch_timeout_s,
         max_message_bytes=settings.limits.max_backend_message_bytes,
         max_in_flight=backend.max_in_flight_total,
+        protocol=backend.protocol,
+        certificates=Certificates(backend.tls) if backend.tls else None,
     )
     rules = Rules(
         max_in_flight=backend.max_in_flight,
