@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 DEFAULT_FILE = Path("router.yaml")
@@ -64,6 +64,11 @@ def _check_replicas(entry: str) -> str:
     else:
         check_remote(entry)
     return entry
+
+
+def _switch(value: object) -> object:
+    """YAML reads `on` and `off` as true and false."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 Address = Annotated[str, AfterValidator(_check_address)]
@@ -153,6 +158,7 @@ class BackendSettings(Section):
     `ejection_s`: how long a replica that fails, or is three times as slow as its peers, gets no batch the first time.
     `probe_interval_s`: how often a replica is asked whether it lives and is ready; 0: never.
     `resolve_interval_s`: how often names among the addresses are looked up again.
+    `model_interval_s`: how often it is asked again about the models that are in use; 0: only once about each.
     """
 
     addresses: list[Replicas] = Field(min_length=1)
@@ -163,6 +169,7 @@ class BackendSettings(Section):
     ejection_s: PositiveSeconds = 30
     probe_interval_s: Seconds = 4
     resolve_interval_s: PositiveSeconds = 5
+    model_interval_s: Seconds = 5
 
     @model_validator(mode="after")
     def _check_addresses(self) -> Self:
@@ -192,8 +199,12 @@ class ModelSettings(Section):
     # Further attempts of a row whose batch was lost or refused; 0, for models with side effects: nothing is sent twice,
     # and a bad row takes its batch with it.
     retries: int = Field(2, ge=0, le=10)
-    # The input tensor that native rows arrive in, and the output they are read from (null: `output`, else the first).
-    vector_input: str = Field("vector", min_length=1)
+    # Whether rows of several requests share a call; auto: as the backend tells of the model.
+    batching: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    # The input tensor that native rows arrive in and its datatype (null: the model's only input, else `vector`, FP32),
+    # and the output they are read from (null: `output`, else the first).
+    vector_input: Annotated[str, Field(min_length=1)] | None = None
+    vector_datatype: Literal["FP32", "FP64", "FP16"] | None = None
     vector_output: str | None = None
     send_agent_type: bool = True
     # False: rows whose answer holds NaN or infinity fail.
@@ -300,6 +311,15 @@ class Settings(BaseSettings):
     def route(self, model_name: str, agent_type: str) -> ModelSettings | None:
         """The settings of a model's rows; the first match wins. None: the model is not served."""
         return next((model for model in self.models if model.matches(model_name, agent_type)), None)
+
+    def find_model(self, model_name: str) -> ModelSettings | None:
+        """The settings of a model for some agent type: for none, if they match that, else for the first that do."""
+        by_name = (model for model in self.models if fnmatch.fnmatchcase(model_name, model.match.model_name))
+        return self.route(model_name, "") or next(by_name, None)
+
+    def model_names(self) -> list[str]:
+        """The models that are named as they are, without a pattern."""
+        return [model.match.model_name for model in self.models if not set("*?[") & set(model.match.model_name)]
 
     def to_yaml(self) -> str:
         """The effective settings as a file that would give the same."""

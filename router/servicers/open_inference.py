@@ -19,6 +19,7 @@ from router.core.batch import rows_of
 from router.core.types import BatchAnswer, Part, Tensor
 from router.dataplane import Call
 from router.errors import Cancelled, DeadlineExceeded, InternalError, InvalidArgument, RouterError, Unavailable
+from router.models import Unlearned
 from router.servicers import convert, tensors
 from router.servicers.access import OK
 from router.servicers.status import status_of, to_proto
@@ -95,12 +96,24 @@ class OpenInferenceServicer:
             tenants.of_call("", tenants.of_rpc(context)),
             is_batch_class,
         )
-        rows = tensors.read(request, self._targets, settings.limits)
+        rows = await self._read(request, terms)
         reply.rows = rows.rows
         if terms.timeout_s <= 0:
             raise DeadlineExceeded("the deadline had passed when the request arrived")
         await self._queue(rows, terms, reply)
         return tensors.to_response(request, reply.outputs())
+
+    async def _read(self, request: pb.ModelInferRequest, terms: convert.Terms) -> tensors.Rows:
+        """The request's rows, as soon as its model is known. Raises RouterError."""
+        while True:
+            try:
+                return tensors.read(request, self._targets, self._around.settings.limits)
+            except Unlearned as unlearned:
+                rows, nbytes = 1, request.ByteSize()
+                deadline, tenant = terms.deadline, terms.tenant
+                await self._around.models.learn(
+                    *unlearned.model, rows=rows, nbytes=nbytes, deadline=deadline, tenant=tenant
+                )
 
     async def _queue(self, rows: tensors.Rows, terms: convert.Terms, reply: "_Reply") -> None:
         plane = self._around.plane
