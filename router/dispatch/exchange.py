@@ -1,8 +1,8 @@
 """Exchanges: the two ways of a batch to a server and of its answer back, Triton's stream and the protocol's own call.
 
 A stream carries one batch at a time, so no answer can be taken for another's and no batch waits behind another; it is
-used again. An answer on it must bear its batch's id: servers that mix up streams were seen. Whatever goes wrong on a
-stream ends that stream only.
+used again. An answer on it must bear its batch's id, as late and double ones of the batch before may come. Whatever
+goes wrong on a stream ends that stream only.
 
 A call is there for one batch, and gRPC itself knows what it answers: so the id in its answer may be any. MLServer and
 KServe leave it empty or make their own.
@@ -29,7 +29,7 @@ REMEMBERED_IDS = 16
 
 _REQUEST_ID = re.compile(r"^\[request id: (?P<id>[^\]]*)\] ?")
 
-# How much later than ours a server's own time bound is: what comes back then is told by our clock alone.
+# How much later than ours the deadline is that a server is told: so ours always comes first, and has its own error.
 SERVERS_BOUND_LATER_S = 1.0
 # gRPC counts in int64 nanoseconds; a year is for ever.
 LONGEST_S = 365 * 24 * 3600.0
