@@ -119,6 +119,9 @@ async def test_a_cancelled_caller_ends_its_request(client: RouterClient, models:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    async with asyncio.timeout(20):
+        while not models.given_up:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
 
 async def test_closing_the_client_fails_what_is_under_way(client: RouterClient, models: OpenInferenceServer) -> None:
