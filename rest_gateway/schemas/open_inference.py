@@ -131,14 +131,14 @@ class _Tail:
 
 
 def _objects_in(document: object) -> Iterator[object]:
-    """All objects of a request of the right form."""
+    """All objects of a request of the right form; where there are too many, that is told later."""
     if not isinstance(document, dict):
         return
     yield document
     yield document.get("parameters")
     for member in ("inputs", "outputs"):
         tensors = document.get(member)
-        for tensor in tensors if isinstance(tensors, list) else ():
+        for tensor in tensors[:MAX_THINGS] if isinstance(tensors, list) else ():
             if isinstance(tensor, dict):
                 yield tensor
                 yield tensor.get("parameters")
