@@ -170,6 +170,8 @@ def _read_input(index: int, value: object, tail: _Tail) -> InputIn:
     parameters = _read_parameters(owner, tensor)
     size = _pop(owner, parameters, "binary_data_size", int, "a number of bytes")
     data = tensor.get("data")
+    if "shared_memory_region" in parameters:
+        raise InvalidRequestError(f"{owner}: shared memory is not supported; send the data with the request")
     if (size is None) == (data is None):
         raise InvalidRequestError(f"{owner} must have exactly one of data and the parameter binary_data_size")
     if size is not None:

@@ -119,6 +119,10 @@ def test_a_timeout_counts_microseconds_and_stays_for_the_router_to_judge(
         ({"inputs": [VECTOR | {"data": [1]}]}, 'input "x": data has 1 elements, which is not FP32[1, 2]'),
         ({"inputs": [VECTOR | {"data": None}]}, 'input "x" must have exactly one of data and the parameter binary'),
         ({"inputs": [VECTOR | binary(8)]}, 'input "x" must have exactly one of data and the parameter binary'),
+        (
+            {"inputs": [VECTOR | {"data": None, "parameters": {"shared_memory_region": "r"}}]},
+            'input "x": shared memory is not supported',
+        ),
         ({"inputs": [binary(True)]}, 'input "x": binary_data_size must be a number of bytes'),
         ({"inputs": [binary(-1)]}, 'input "x": binary_data_size must be a number of bytes'),
         ({"inputs": [binary(1.0)]}, 'input "x": binary_data_size must be a number of bytes'),
