@@ -53,7 +53,29 @@ def test_a_float_may_be_beyond_the_greatest_where_it_rounds_to_it(datatype: str,
     below = np.nextafter(least_beyond, 0.0).item() if datatype != "FP64" else 2**1024 - 2**970 - 1
     assert to_raw([below], datatype, [1]) == np.array([FLOATS[datatype]], NUMPY[datatype]).tobytes()
     with pytest.raises(TensorDataError, match=rf"^data\[1\] is not finite as {datatype}$"):
-        to_raw([below, least_beyond], datatype, [2])
+        to_raw([below, least_beyond, below], datatype, [3])
+    with pytest.raises(TensorDataError, match=rf"^data\[1\] is not finite as {datatype}$"):
+        to_raw([-below, -least_beyond, -below, -below], datatype, [4])
+
+
+@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize(
+    ("datatype", "good", "bad"),
+    [
+        ("INT8", -128, -129),
+        ("UINT64", 2**64 - 1, 2**64),
+        ("INT32", 1, 1.0),
+        ("FP32", 1, -float("inf")),
+        ("FP64", 0.5, None),
+        ("BYTES", "a", 1),
+        ("BOOL", True, 1),
+    ],
+)
+def test_a_wrong_element_is_found_wherever_it_stands(datatype: str, good: object, bad: object, index: int) -> None:
+    data = [good] * 9
+    data[index] = bad
+    with pytest.raises(TensorDataError, match=rf"^data\[{index}\] "):
+        to_raw(data, datatype, [9])
 
 
 @pytest.mark.parametrize(("datatype", "greatest"), FLOATS.items())
