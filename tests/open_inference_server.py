@@ -81,7 +81,7 @@ class OpenInferenceServer:
     address: str = ""
     requests: list[pb.ModelInferRequest] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
-    given_up: int = 0  # requests that were cancelled while they waited
+    lost: int = 0  # requests that were given up by the caller
     # Cleared by a test: calls wait until it is set.
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
     _server: grpc.aio.Server | None = None
@@ -168,7 +168,7 @@ class _Servicer(pb_grpc.GRPCInferenceServiceServicer):
         try:
             await self._around.may_answer.wait()
         except asyncio.CancelledError:
-            self._around.given_up += 1
+            self._around.lost += 1
             raise
         if request.model_name not in self._around.models:
             raise Abort(grpc.StatusCode.NOT_FOUND, f"unknown model {request.model_name!r}")

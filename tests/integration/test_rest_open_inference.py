@@ -286,7 +286,7 @@ async def test_a_client_that_leaves_takes_its_request_along(gateway: Gateway, mo
         assert len(gateway.open_requests) == 1
         client.vanish()
         async with asyncio.timeout(20):
-            while models.given_up == 0:  # noqa: ASYNC110
+            while models.lost == 0:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
     assert len(gateway.open_requests) == 0
 

@@ -120,7 +120,7 @@ async def test_a_cancelled_caller_ends_its_request(client: RouterClient, models:
     with pytest.raises(asyncio.CancelledError):
         await task
     async with asyncio.timeout(20):
-        while not models.given_up:  # noqa: ASYNC110
+        while not models.lost:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
