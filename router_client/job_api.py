@@ -70,13 +70,10 @@ class JobApi:
         headers = {"Idempotency-Key": _quoted(uuid4().hex if idempotency_key is None else idempotency_key)}
         if kind == "agents":
             headers["Prefer"] = "respond-async"
-        try:
-            if isinstance(work, str):
-                body = text_body(work, job_timeout_s)
-            else:
-                body = agents_body(work, job_timeout_s, priority, explain=explain)
-        except ValueError as exc:
-            raise InvalidArgument(str(exc)) from exc
+        if isinstance(work, str):
+            body = text_body(work, job_timeout_s)
+        else:
+            body = agents_body(work, job_timeout_s, priority, explain=explain)
         return read_job(await self._ask(Request(method="POST", path="/predict", body=body, headers=headers)), kind)
 
     async def get(self, job_id: str) -> Job:

@@ -3,11 +3,11 @@
 import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from math import nan
+from math import isfinite, nan
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
 
 from router_client.blocks import Agent, AgentResult, Explanation
-from router_client.errors import AgentError, Internal, RouterError, Unimplemented
+from router_client.errors import AgentError, Internal, InvalidArgument, RouterError, Unimplemented
 from router_client.results import Results
 
 if TYPE_CHECKING:
@@ -149,21 +149,24 @@ def agents_body(
     """Return the body that submits agents.
 
     Raises:
-        ValueError: a vector holds what is no number.
+        InvalidArgument: a vector holds what is no number, or none that JSON can hold.
     """
     told = {
-        name: {"vector": _numbers(agent.vector), "model_name": agent.model_name, "agent_type": agent.agent_type}
+        name: {"vector": _numbers(name, agent.vector), "model_name": agent.model_name, "agent_type": agent.agent_type}
         for name, agent in agents.items()
     }
     extras = {"timeout_s": job_timeout_s, "priority_class": priority, "explain": explain or None}
     return _without_none({"agents": told, **extras})
 
 
-def _numbers(vector: "Sequence[float] | npt.NDArray[np.float32]") -> list[float]:
+def _numbers(name: str, vector: "Sequence[float] | npt.NDArray[np.float32]") -> list[float]:
     try:
-        return [float(value) for value in vector]
-    except (TypeError, OverflowError) as exc:
-        raise ValueError(str(exc)) from exc
+        numbers = [float(value) for value in vector]
+    except (TypeError, ValueError, OverflowError) as exc:
+        raise InvalidArgument(f"agent {name!r}: {exc}") from exc
+    if not all(map(isfinite, numbers)):
+        raise InvalidArgument(f"agent {name!r}: every value must be finite")
+    return numbers
 
 
 def _without_none(document: dict[str, Any]) -> dict[str, Any]:

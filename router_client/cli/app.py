@@ -9,10 +9,10 @@ from router_client.cli.options import INTERRUPTED
 from router_client.cli.predict import predict
 from router_client.cli.submit import submit
 
+NAME = "inference-router"
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 usage, 3 some agents failed, 130 interrupted."
 
 app = typer.Typer(
-    name="inference-router",
     help="Ask an inference router, and the jobs of its gateway.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
@@ -30,7 +30,7 @@ app.command()(overview.health)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, ``sys.argv`` by default, and return its exit code."""
     try:
-        app(None if arguments is None else list(arguments))
+        app(None if arguments is None else list(arguments), prog_name=NAME)
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as exc:
