@@ -15,7 +15,6 @@ from router_client.errors import (
     DeadlineExceeded,
     Internal,
     InvalidArgument,
-    ResourceExhausted,
     RouterError,
     Unavailable,
 )
@@ -39,6 +38,8 @@ AWAY_S = 60.0
 """A gateway that has not answered for so long does not come back."""
 
 LONGEST_PAGE = 200
+# Of a gateway that leaves or is away, of a proxy that does not find it, of one that ends what it has open.
+_PASSING = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "UNKNOWN", "INTERNAL"})
 _ONCE = RetryPolicy(retries=0)
 
 
@@ -155,7 +156,7 @@ class _Poll:
             await self._sleep_until(self._next_at)
             try:
                 document = await self._look()
-            except (Unavailable, ResourceExhausted) as exc:
+            except RouterError as exc:
                 self._note_failure(exc)
             else:
                 self._answered_at, self._failures = _now(), 0
@@ -179,7 +180,7 @@ class _Poll:
 
     def _note_failure(self, error: RouterError) -> None:
         self._failures += 1
-        if _now() - self._answered_at >= AWAY_S:
+        if error.code not in _PASSING or _now() - self._answered_at >= AWAY_S:
             raise error
         pause_s = backoff_s(self._failures) if error.retry_after_s is None else error.retry_after_s
         self._next_at = _now() + pause_s

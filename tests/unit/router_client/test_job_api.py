@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from router_client import Agent, DeadlineExceeded, Internal, InvalidArgument, Job, NotFound, Unavailable
+from router_client import Agent, DeadlineExceeded, Internal, InvalidArgument, Job, ModelFailed, NotFound, Unavailable
 from router_client.gateway import Request
 from router_client.job_api import AWAY_S, HOLD_S, LOOK_S, MIN_GAP_S, JobApi
 from router_client.retry import RetryPolicy
@@ -167,7 +167,8 @@ async def test_something_that_strips_the_wish_to_wait_is_not_asked_without_end()
 
 async def test_a_gateway_that_restarts_is_waited_for() -> None:
     away = Unavailable("no gateway")
-    jobs, gateway = api((10, job()), (0, away), (0, away), (0, Unavailable("", retry_after_s=2.0)), (5, job("failed")))
+    back_soon = Unavailable("", retry_after_s=2.0)
+    jobs, gateway = api((10, job()), (0, away), (0, ModelFailed("a proxy's")), (0, back_soon), (5, job("failed")))
     assert (await jobs.wait("1", timeout_s=None)).status == "failed"
     assert gateway.asked_at == pytest.approx([0, 10, 10.2, 10.6, 12.6])
 
