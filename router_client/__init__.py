@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from router_client.results import Results
     from router_client.status import GatewayStatus, RouterStatus, Status
     from router_client.sync_client import Client
-    from router_client.tensors import InferError, Tensor, bytes_tensor, read_bytes
+    from router_client.tensors import InferError, Tensor, bytes_tensor, from_response, read_bytes
 
 _MODULES = {
     "async_client": ("AsyncClient",),
@@ -68,7 +68,7 @@ _MODULES = {
     "results": ("Results",),
     "status": ("GatewayStatus", "RouterStatus", "Status"),
     "sync_client": ("Client",),
-    "tensors": ("InferError", "Tensor", "bytes_tensor", "read_bytes"),
+    "tensors": ("InferError", "Tensor", "bytes_tensor", "from_response", "read_bytes"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -105,6 +105,7 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "bytes_tensor",
+    "from_response",
     "group",
     "pack",
     "read_bytes",

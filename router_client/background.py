@@ -4,8 +4,8 @@ All synchronous clients of a process share it, and it is never closed: grpc.aio 
 to whichever loop is running, and breaks that one. The thread is a daemon; it ends with the process. (fsspec does the
 same for the same reason.)
 
-A process that forks takes the loop along, but not its thread: the child makes a new one, and what belongs to the old
-one says so.
+A process that forks takes the loop along, but not its thread: what belongs to it says so in the child, instead of
+waiting for ever. (gRPC, once used, does not survive a fork either.)
 """
 
 import asyncio
@@ -54,7 +54,7 @@ class BackgroundLoop:
 
     def _check_caller(self) -> None:
         if self._pid != os.getpid():
-            raise RuntimeError("the client belongs to the process that this one was forked from: make a new one")
+            raise RuntimeError("a client does not survive a fork: make the first one in the child, or spawn it")
         if threading.current_thread() is self._thread:
             raise RuntimeError("a call from the client's own thread would wait for itself; use AsyncClient there")
 

@@ -21,8 +21,9 @@ class Client:
     """A client of one router and one gateway; arguments and errors as of AsyncClient.
 
     Any number of threads may use it at once: they share its connections. Its work is done in a daemon thread that all
-    clients of the process share. Ctrl-C cancels the call that waits. A forked child must make a client of its own.
-    Close it, best by ``with``; what is open then fails with Unavailable.
+    clients of the process share. Ctrl-C cancels the call that waits. gRPC does not survive a fork: a forked child can
+    use no client, neither an old one (RuntimeError) nor a new one that asks the router; start children by spawn, or
+    make the first client after the fork. Close it, best by ``with``; what is open then fails with Unavailable.
     """
 
     def __init__(

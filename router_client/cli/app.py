@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import typer
 
 from router_client.cli import jobs, overview
-from router_client.cli.options import INTERRUPTED
 from router_client.cli.predict import predict
 from router_client.cli.submit import submit
 
@@ -31,8 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, ``sys.argv`` by default, and return its exit code."""
     try:
         app(None if arguments is None else list(arguments), prog_name=NAME)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else 0
     return 0

@@ -1,5 +1,6 @@
 """The command line where it needs no server: usage, help, completion, what is loaded."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,10 +8,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from router_client.__main__ import main
-from router_client.cli.app import app
+from router_client.__main__ import main as entry_point
+from router_client.cli.app import app, main
 
-ENTRY_POINT = "import sys; from router_client.cli.app import main; sys.exit(main())"
+ENTRY_POINT = "import sys; from router_client.__main__ import main; sys.exit(main())"
 
 
 def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
@@ -101,9 +102,20 @@ def test_main_returns_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
 
 
+def test_ctrl_c_is_quiet_while_the_libraries_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupt)
+    assert entry_point() == 130
+
+
 def test_the_probe_and_the_native_client_load_no_library_of_the_command_line() -> None:
     foreign = "{'httpx', 'typer', 'rich', 'prometheus_client', 'numpy', 'pydantic'}"
-    probe = "from router_client.__main__ import main; assert main(['health', '127.0.0.1:1', '--timeout', '0.1']) == 1"
+    probe = (
+        "from router_client.__main__ import probe; sys.argv = ['x', 'health', '127.0.0.1:1', '--timeout', '0.1'];"
+        "assert probe() == 1"
+    )
     for code in (probe, "from router_client import Roster, RouterClient, group"):
         checked = f"import sys; {code}; print(sorted({foreign} & set(sys.modules)))"
         done = subprocess.run([sys.executable, "-c", checked], capture_output=True, text=True, timeout=60, check=True)
