@@ -274,6 +274,23 @@ async def test_a_gateway_that_is_away_is_told_in_one_line() -> None:
             await client.submit(TEXT)
 
 
+async def test_everything_counts_on_the_clients_tenant(stack: Stack, tmp_path: Path) -> None:
+    async with gateway_before(stack, tmp_path, trust_tenant=True) as gateway:
+        async with AsyncClient(gateway=gateway.url, tenant="gold", headers={"X-Request-Id": "17"}) as gold:
+            job = await gold.submit(TEXT)
+            assert (await gold.job(job)).id == job.id
+        async with AsyncClient(gateway=gateway.url) as other:
+            with pytest.raises(NotFound):
+                await other.job(job)
+    async with FakeRouter() as router, AsyncClient(router.target, tenant="gold") as client:
+        asking = asyncio.create_task(client.predict({"ann": ANN}, priority="batch", request_id="17"))
+        stream = await router.next_stream()
+        call = await stream.next_call()
+        assert (call.tenant, call.request_id, call.priority_class) == ("gold", "17", pb.PRIORITY_CLASS_BATCH)
+        await stream.answer(*echo(call))
+        await asking
+
+
 # Models and status
 
 

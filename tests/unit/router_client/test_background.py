@@ -76,7 +76,8 @@ def test_an_iterator_that_is_left_closes_its_source(loop: BackgroundLoop) -> Non
     assert list(loop.iterate(count())) == [0, 1, 2]
     assert closed.is_set()
     closed.clear()
-    numbers = loop.iterate(count())
+    source = count()  # kept: the garbage collector would close it, too
+    numbers = loop.iterate(source)
     assert next(numbers) == 0
     numbers.close()
     assert closed.is_set()
