@@ -13,6 +13,7 @@ from contextlib import aclosing
 from math import isfinite
 from typing import Self
 
+from router_client.addresses import GATEWAY, METRICS, ROUTER
 from router_client.blocks import Agent, AgentResult
 from router_client.client import RouterClient
 from router_client.errors import InvalidArgument, Unavailable
@@ -24,10 +25,6 @@ from router_client.prediction import CallOptions, Predictor
 from router_client.results import Results
 from router_client.retry import RetryPolicy
 from router_client.status import Status, ask_gateway, ask_router
-
-ROUTER = "127.0.0.1:50051"
-GATEWAY = "http://127.0.0.1:8000"
-METRICS = "http://127.0.0.1:9091/metrics"
 
 
 class AsyncClient:

@@ -8,7 +8,8 @@ with Client() as client:
 from collections.abc import Callable, Generator, Mapping
 from typing import Self
 
-from router_client.async_client import GATEWAY, METRICS, ROUTER, AsyncClient
+from router_client.addresses import GATEWAY, METRICS, ROUTER
+from router_client.async_client import AsyncClient
 from router_client.background import shared_loop
 from router_client.blocks import Agent, AgentResult
 from router_client.jobs import Job, JobKind, JobStatus, Priority

@@ -1,15 +1,18 @@
 """`inference-router jobs`: look at jobs, cancel and delete them."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from router_client.async_client import AsyncClient
+from router_client.addresses import GATEWAY
 from router_client.cli.job_output import print_job, print_jobs
-from router_client.cli.options import DONE, GATEWAY, AsJson, GatewayUrl, run
+from router_client.cli.options import DONE, AsJson, GatewayUrl, run
 from router_client.cli.output import Waiting, print_json
 from router_client.jobs import JobKind, JobStatus
+
+if TYPE_CHECKING:
+    from router_client.async_client import AsyncClient
 
 app = typer.Typer(help="Look at jobs, newest first; cancel and delete them.")
 
@@ -42,7 +45,7 @@ def jobs(
     if context.invoked_subcommand is not None:
         return
 
-    async def show(client: AsyncClient) -> int:
+    async def show(client: "AsyncClient") -> int:
         with Waiting("reading jobs"):
             found = [job async for job in client.jobs(status=status, kind=kind, limit=limit)]
         print_jobs(found, is_json=as_json)
@@ -56,7 +59,7 @@ def show(context: typer.Context, job_id: Id, as_json: AsJson = False, gateway: W
     """Print one job with its result."""
     common = _common(context, gateway, as_json)
 
-    async def look(client: AsyncClient) -> int:
+    async def look(client: "AsyncClient") -> int:
         print_job(await client.job(job_id), is_json=common.is_json)
         return DONE
 
@@ -68,7 +71,7 @@ def cancel(context: typer.Context, job_id: Id, as_json: AsJson = False, gateway:
     """End a job that has not ended."""
     common = _common(context, gateway, as_json)
 
-    async def end(client: AsyncClient) -> int:
+    async def end(client: "AsyncClient") -> int:
         job = await client.cancel(job_id)
         if common.is_json:
             print_json(dict(job.document))
@@ -84,7 +87,7 @@ def delete(context: typer.Context, job_id: Id, as_json: AsJson = False, gateway:
     """Delete a job that has ended."""
     common = _common(context, gateway, as_json)
 
-    async def remove(client: AsyncClient) -> int:
+    async def remove(client: "AsyncClient") -> int:
         await client.delete(job_id)
         if common.is_json:
             print_json({"job_id": job_id, "deleted": True})

@@ -3,19 +3,27 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Annotated, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeAlias
 
 import typer
 
-from router_client import async_client
-from router_client.async_client import AsyncClient
+import router_client
+from router_client.addresses import GATEWAY, METRICS, ROUTER
 from router_client.cli.output import complain
 from router_client.errors import RouterError
 from router_client.jobs import Job, Priority
 from router_client.results import Results
 
+if TYPE_CHECKING:
+    from router_client.async_client import AsyncClient
+
 DONE, FAILED, PARTLY_FAILED, INTERRUPTED = 0, 1, 3, 130
 WHERE = "Where"
+
+Command: TypeAlias = "Callable[[AsyncClient], Awaitable[int]]"
+"""What a command does with a client, and its exit code. The client is loaded when it is wanted: help and completion,
+asked at each press of a key, take half the time without it.
+"""
 
 Address: TypeAlias = Annotated[
     str,
@@ -51,11 +59,10 @@ Explain: TypeAlias = Annotated[bool, typer.Option("--explain", help="tell where 
 PriorityClass: TypeAlias = Annotated[
     Priority | None, typer.Option("--priority", help="batch has the seats that interactive leaves")
 ]
-ROUTER, GATEWAY, METRICS = async_client.ROUTER, async_client.GATEWAY, async_client.METRICS
 
 
 def run(
-    work: Callable[[AsyncClient], Awaitable[int]],
+    work: Command,
     *,
     is_json: bool,
     address: str = ROUTER,
@@ -88,6 +95,6 @@ def code_of_job(job: Job) -> int:
     return code_of_results(job.results()) if job.kind == "agents" else DONE
 
 
-async def _with_client(work: Callable[[AsyncClient], Awaitable[int]], address: str, gateway: str, metrics: str) -> int:
-    async with AsyncClient(address, gateway, metrics=metrics) as client:
+async def _with_client(work: Command, address: str, gateway: str, metrics: str) -> int:
+    async with router_client.AsyncClient(address, gateway, metrics=metrics) as client:
         return await work(client)

@@ -1,19 +1,16 @@
 """`inference-router models`, `status` and `health`: what there is, and how it is."""
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from router_client import health as probe
-from router_client.async_client import AsyncClient
+from router_client.addresses import GATEWAY, METRICS, ROUTER
 from router_client.cli.options import (
     DONE,
     FAILED,
-    GATEWAY,
-    METRICS,
-    ROUTER,
     Address,
     AsJson,
     GatewayUrl,
@@ -21,7 +18,10 @@ from router_client.cli.options import (
     run,
 )
 from router_client.cli.output import print_json, print_members, print_table
-from router_client.status import GatewayStatus, RouterStatus, Status
+
+if TYPE_CHECKING:
+    from router_client.async_client import AsyncClient
+    from router_client.status import GatewayStatus, RouterStatus, Status
 
 OnlyReady = Annotated[bool, typer.Option("--ready", help="only those that take requests")]
 
@@ -29,7 +29,7 @@ OnlyReady = Annotated[bool, typer.Option("--ready", help="only those that take r
 def models(only_ready: OnlyReady = False, as_json: AsJson = False, address: Address = ROUTER) -> None:
     """List the models that the router knows: of its settings, of its backends, and in use."""
 
-    async def show(client: AsyncClient) -> int:
+    async def show(client: "AsyncClient") -> int:
         entries = await client.models(only_ready=only_ready)
         if as_json:
             print_json({"models": [asdict(entry) for entry in entries]})
@@ -44,7 +44,7 @@ def models(only_ready: OnlyReady = False, as_json: AsJson = False, address: Addr
 def status(as_json: AsJson = False, gateway: GatewayUrl = GATEWAY, metrics: MetricsUrl = METRICS) -> None:
     """Tell how gateway and router are. Exit code 0 when both are ready, 1 otherwise."""
 
-    async def show(client: AsyncClient) -> int:
+    async def show(client: "AsyncClient") -> int:
         seen = await client.status()
         if as_json:
             print_json(_document(seen))
@@ -60,10 +60,12 @@ def health(
     timeout: Annotated[float, typer.Option("--timeout", metavar="S", min=0.001, help="seconds to wait")] = 3.0,
 ) -> None:
     """Exit 0 when the server is SERVING, 1 otherwise; a container's probe."""
-    raise typer.Exit(probe.main(["health", address, "--timeout", str(timeout)]))
+    raise typer.Exit(
+        importlib.import_module("router_client.health").main(["health", address, "--timeout", str(timeout)])
+    )
 
 
-def _document(seen: Status) -> dict[str, object]:
+def _document(seen: "Status") -> dict[str, object]:
     return {
         "is_ready": seen.is_ready,
         "gateway": {"is_ready": seen.gateway.is_ready, **asdict(seen.gateway)},
@@ -71,14 +73,14 @@ def _document(seen: Status) -> dict[str, object]:
     }
 
 
-def _gateway_rows(seen: GatewayStatus) -> Iterator[tuple[str, str]]:
+def _gateway_rows(seen: "GatewayStatus") -> Iterator[tuple[str, str]]:
     yield "gateway", f"{seen.url}: {seen.error or seen.status}"
     if seen.error is None:
         yield "  router", seen.router
         yield "  database", seen.database
 
 
-def _router_rows(seen: RouterStatus) -> Iterator[tuple[str, str]]:
+def _router_rows(seen: "RouterStatus") -> Iterator[tuple[str, str]]:
     yield "router", f"{seen.url}: {seen.error or ('ready' if seen.is_ready else 'without a replica')}"
     if seen.error is not None:
         return

@@ -1,14 +1,13 @@
 """`inference-router predict`: agents to the router, each result as it arrives."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from router_client.async_client import AsyncClient
+from router_client.addresses import ROUTER
 from router_client.blocks import AgentResult
 from router_client.cli.inputs import Work, read_work
 from router_client.cli.options import (
-    ROUTER,
     Address,
     Agents,
     AsJson,
@@ -20,6 +19,9 @@ from router_client.cli.options import (
 )
 from router_client.cli.output import Waiting, print_json, result_line, results_document
 from router_client.results import Results
+
+if TYPE_CHECKING:
+    from router_client.async_client import AsyncClient
 
 Timeout = Annotated[float | None, typer.Option("--timeout", metavar="S", min=0.001, help="seconds the answer may take")]
 
@@ -41,7 +43,7 @@ def predict(
     run(lambda client: _predict(client, work, is_json=as_json), is_json=as_json, address=address)
 
 
-async def _predict(client: AsyncClient, work: Work, *, is_json: bool) -> int:
+async def _predict(client: "AsyncClient", work: Work, *, is_json: bool) -> int:
     arrived: dict[str, AgentResult] = {}
     answers = client.stream(work.agents, timeout_s=work.timeout_s, priority=work.priority, explain=work.explain)
     with Waiting(_progress(0, work)) as waiting:

@@ -1,15 +1,14 @@
 """`inference-router submit`: a text, or agents, as a job."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from router_client.async_client import AsyncClient
+from router_client.addresses import GATEWAY
 from router_client.cli.inputs import Work, read_text, read_work
 from router_client.cli.job_output import print_job
 from router_client.cli.options import (
     DONE,
-    GATEWAY,
     Agents,
     AsJson,
     Explain,
@@ -21,6 +20,9 @@ from router_client.cli.options import (
 )
 from router_client.cli.output import Waiting, print_json
 from router_client.jobs import Job
+
+if TYPE_CHECKING:
+    from router_client.async_client import AsyncClient
 
 Text = Annotated[str | None, typer.Argument(metavar="[TEXT]", help="the text; - or none is stdin")]
 Wait = Annotated[bool, typer.Option("--wait", help="wait for the job's end and print it")]
@@ -56,7 +58,7 @@ def submit(
     if isinstance(work, Work):
         work = work.changed(timeout_s=job_timeout, explain=explain, priority=priority)
 
-    async def send(client: AsyncClient) -> int:
+    async def send(client: "AsyncClient") -> int:
         job = await _submit(client, work, job_timeout, idempotency_key)
         if wait:
             return await _wait(client, job, timeout, is_json=as_json)
@@ -74,7 +76,7 @@ def _read(text: str | None, agent: list[str], file: str | None) -> str | Work:
     return read_work(agent, file)
 
 
-async def _submit(client: AsyncClient, work: str | Work, job_timeout_s: float | None, key: str | None) -> Job:
+async def _submit(client: "AsyncClient", work: str | Work, job_timeout_s: float | None, key: str | None) -> Job:
     if isinstance(work, str):
         return await client.submit(work, job_timeout_s=job_timeout_s, idempotency_key=key)
     return await client.submit(
@@ -86,7 +88,7 @@ async def _submit(client: AsyncClient, work: str | Work, job_timeout_s: float | 
     )
 
 
-async def _wait(client: AsyncClient, job: Job, timeout_s: float | None, *, is_json: bool) -> int:
+async def _wait(client: "AsyncClient", job: Job, timeout_s: float | None, *, is_json: bool) -> int:
     with Waiting(_progress(job)) as waiting:
         ended = await client.wait(job, timeout_s=timeout_s, on_change=lambda seen: waiting.say(_progress(seen)))
     print_job(ended, is_json=is_json)

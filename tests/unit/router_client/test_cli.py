@@ -111,15 +111,23 @@ def test_ctrl_c_is_quiet_while_the_libraries_are_loaded(monkeypatch: pytest.Monk
 
 
 def test_the_probe_and_the_native_client_load_no_library_of_the_command_line() -> None:
-    foreign = "{'httpx', 'typer', 'rich', 'prometheus_client', 'numpy', 'pydantic'}"
     probe = (
         "from router_client.__main__ import probe; sys.argv = ['x', 'health', '127.0.0.1:1', '--timeout', '0.1'];"
         "assert probe() == 1"
     )
     for code in (probe, "from router_client import Roster, RouterClient, group"):
-        checked = f"import sys; {code}; print(sorted({foreign} & set(sys.modules)))"
-        done = subprocess.run([sys.executable, "-c", checked], capture_output=True, text=True, timeout=60, check=True)
-        assert done.stdout.splitlines()[-1] == "[]"
+        assert loaded(code, "httpx", "typer", "rich", "prometheus_client", "numpy", "pydantic") == []
+
+
+def test_help_and_completion_do_not_wait_for_what_a_command_needs() -> None:
+    assert loaded("import router_client.cli.app", "grpc", "httpx", "prometheus_client", "typer") == ["typer"]
+
+
+def loaded(code: str, *names: str) -> list[str]:
+    """Which of these modules a process has after it ran `code`."""
+    checked = f"import sys; {code}; print(*[name for name in {names} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", checked], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.splitlines()[-1].split()
 
 
 def test_every_public_name_is_there_and_no_other() -> None:
