@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
-from router_client.errors import ProtocolError
+from router_client.errors import AgentError, ProtocolError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,15 +42,6 @@ class Agent:
     model_name: str
     vector: "Sequence[float] | npt.NDArray[np.float32]"
     agent_type: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class AgentError:
-    """Why an agent failed: a canonical gRPC code by name, a text, and when a retry may succeed, if that is known."""
-
-    code: str
-    message: str
-    retry_pushback_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,28 @@ def test_the_python_client_says_of_texts_what_stands_below_it(ports: dict[str, s
     assert f"prints `{printed.stdout.strip()}`" in README
 
 
+def test_the_client_without_a_loop_prints_both_answers(ports: dict[str, str]) -> None:
+    text = BLOCKS[example("from router_client import Agent, Client")][1]
+    for stated, real in ports.items():
+        text = text.replace(stated, real)
+    printed = subprocess.run(
+        [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+    )
+    output, result = printed.stdout.splitlines()
+    assert [round(value, 8) for value in json.loads(output)] == [0.14228487]
+    assert result == "{'sentiment': 'positive', 'confidence': 0.81195}"
+
+
+def test_the_command_line_prints_what_stands_below_it(ports: dict[str, str]) -> None:
+    number = example(".venv/bin/python -m router_client predict")
+    where = (
+        f"export INFERENCE_ROUTER_ADDRESS={ports['127.0.0.1:50051']}"
+        f" INFERENCE_ROUTER_GATEWAY=http://{ports['127.0.0.1:8000']}\n"
+    )
+    assert sorted(paste(where + BLOCKS[number][1], ports).splitlines()) == BLOCKS[number + 1][1].splitlines()
+    assert json.loads(paste(where + BLOCKS[number + 2][1], ports))["result"]["sentiment"] == "positive"
+
+
 def test_the_example_script_prints_the_answers(ports: dict[str, str]) -> None:
     told = paste(f".venv/bin/python examples/send_request.py http://{ports['127.0.0.1:8000']}", ports)
     status, _, body = told.partition("\n")

@@ -12,7 +12,7 @@ import pytest
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from router_client import Agent, AgentError, RouterClient
-from router_client.__main__ import main
+from router_client.health import main
 from tests.fakes import FakeRouter, FakeStream, echo, refusal
 
 pytestmark = pytest.mark.anyio
