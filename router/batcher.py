@@ -19,11 +19,10 @@ from router.core.budget import Budget
 from router.core.hedge import Hedging
 from router.core.isolation import Piece
 from router.core.policy import Hold, Policy, View, change_policy
-from router.core.queue import KeyQueue
+from router.core.queue import Bounds, KeyQueue
 from router.core.retry import count_rows
 from router.core.service_time import FAST_S
 from router.core.types import Batch, BatchAnswer, BatchKey, Block, Contract, Part
-from router.core.variable_queue import set_bounds
 from router.dispatch.pool import ReplicaPool
 from router.dispatch.slots import CLOCK_SLACK_S, ModelSlots, Slot
 from router.errors import (
@@ -140,30 +139,10 @@ class Batcher:
         self._recovery.discard(block)
 
     def apply(
-        self,
-        *,
-        max_batch_rows: int,
-        max_batch_bytes: int,
-        max_rows: int,
-        max_bytes: int | None,
-        weights: Mapping[str, float],
-        patience_s: float,
-        max_in_flight: int,
-        max_queue_delay_s: float,
-        retries: int,
-        contract: Contract,
+        self, bounds: Bounds, *, max_in_flight: int, max_queue_delay_s: float, retries: int, contract: Contract
     ) -> None:
         """Go on by other settings, with what waits, what flies and what was learned."""
-        set_bounds(
-            self._queue,
-            self._key,
-            max_batch_rows=max_batch_rows,
-            max_batch_bytes=max_batch_bytes,
-            max_rows=max_rows,
-            max_bytes=max_bytes,
-            weights=weights,
-            patience_s=patience_s,
-        )
+        self._queue.set_bounds(bounds)
         self._policy = change_policy(self._policy, max_in_flight, max_queue_delay_s)
         self.set_retries(retries)
         self._contract = contract

@@ -19,6 +19,7 @@ from typing import Protocol
 from router.batcher import Batcher
 from router.config import Settings
 from router.core.policy import choose_policy
+from router.core.queue import Bounds
 from router.core.types import BatchKey, Block, Contract
 from router.core.variable_queue import make_queue
 from router.dispatch.pool import ReplicaPool
@@ -144,16 +145,7 @@ class Lanes:
         backend = self._settings.backends[settings.backend]
         return Batcher(
             key,
-            queue=make_queue(
-                key,
-                max_batch_rows=model.max_batch_rows,
-                max_batch_bytes=settings.max_batch_bytes,
-                max_rows=self._settings.limits.max_queued_rows,
-                budget=self.budget,
-                max_bytes=self._settings.limits.max_key_bytes,
-                weights=self._settings.tenant_weights,
-                patience_s=settings.batch_class_patience_s,
-            ),
+            queue=make_queue(key, self._bounds(model), self.budget),
             budget=self.budget,
             policy=choose_policy(backend.max_in_flight, settings.max_queue_delay_s),
             pool=self._pools[settings.backend],
@@ -165,15 +157,21 @@ class Lanes:
             metrics=self._metrics,
         )
 
+    def _bounds(self, model: Model) -> Bounds:
+        limits = self._settings.limits
+        return Bounds(
+            max_batch_rows=model.max_batch_rows,
+            max_rows=limits.max_queued_rows,
+            max_batch_bytes=model.settings.max_batch_bytes,
+            max_bytes=limits.max_key_bytes,
+            weights=self._settings.tenant_weights,
+            patience_s=model.settings.batch_class_patience_s,
+        )
+
     def _configure(self, site: _Site, model: Model) -> None:
         settings = model.settings
         site.batcher.apply(
-            max_batch_rows=model.max_batch_rows,
-            max_batch_bytes=settings.max_batch_bytes,
-            max_rows=self._settings.limits.max_queued_rows,
-            max_bytes=self._settings.limits.max_key_bytes,
-            weights=self._settings.tenant_weights,
-            patience_s=settings.batch_class_patience_s,
+            self._bounds(model),
             max_in_flight=self._settings.backends[settings.backend].max_in_flight,
             max_queue_delay_s=settings.max_queue_delay_s,
             retries=settings.retries,
