@@ -98,24 +98,30 @@ class Lanes:
         for site in self._all():
             site.batcher.recount()
         self._models.recount()
-        self.refit()
+        for site in list(self._all()):
+            self._refit(site)
         self._sweep_timer.cancel()
         self._sweep()
 
-    def refit(self) -> None:
-        """Go on by what is known of the models now."""
-        for site in list(self._all()):
-            try:
-                model = self._models.of_key(site.key)
-            except NotFound:
-                model = None
-            if self._sites.get(site.key) is not site:
-                _configure_retired(site, model)
-            elif model and site.pool is self._pools[model.settings.backend] and self._models.takes(site.key):
-                self._configure(site, model)
-            else:
-                _configure_retired(site, model)
-                self._retire(site)
+    def refit(self, model: tuple[str, str]) -> None:
+        """Go on by what is known of a model now."""
+        for site in [site for site in self._sites.values() if site.key.model == model]:
+            self._refit(site)
+
+    def _refit(self, site: _Site) -> None:
+        try:
+            model = self._models.of_key(site.key)
+        except NotFound:
+            model = None
+        is_retired = self._sites.get(site.key) is not site
+        stays = model and site.pool is self._pools[model.settings.backend] and self._models.takes(site.key)
+        if model and stays and not is_retired:
+            self._configure(site, model)
+            return
+        if model:  # where it serves from stays as it was; how often its rows may be sent is the model's, wherever
+            site.batcher.set_retries(model.settings.retries)
+        if not is_retired:
+            self._retire(site)
 
     def _set_budget(self) -> None:
         limits = self._settings.limits
@@ -219,12 +225,6 @@ class Lanes:
             del self.by_key[key]
             self._sites.pop(key).lane.stop()
         self._sweep_timer = self._loop.call_later(max(idle_s / 10, MIN_SWEEP_S), self._sweep)
-
-
-def _configure_retired(site: _Site, model: Model | None) -> None:
-    """Where it serves from stays as it was; how often its rows may be sent is the model's, wherever they are."""
-    if model:
-        site.batcher.set_retries(model.settings.retries)
 
 
 def _contract(key: BatchKey, model: Model) -> Contract:

@@ -47,7 +47,7 @@ class ModelWatch:
         *,
         interval_s: Callable[["ModelWatch"], float],
         is_idle: Callable[["ModelWatch"], bool],
-        on_change: Callable[[], None],
+        on_change: Callable[["ModelWatch"], None],
         on_idle: Callable[["ModelWatch"], None],
     ) -> None:
         self.backend = backend
@@ -145,7 +145,7 @@ class ModelWatch:
         self.report, self.must_wait = report, must_wait
         if before is not None and (before, was_waiting) != (report, must_wait):
             self._log(before, report)
-            self._on_change()
+            self._on_change(self)
         if not must_wait:
             self.room.release()
 

@@ -98,8 +98,8 @@ class Models:
         self._settings = settings
         self._pools = pools
         self.budget = Budget(settings.limits.max_queued_bytes)
-        # Told when `find` may answer otherwise than before.
-        self.on_change: Callable[[], None] = lambda: None
+        # Told of a model, by name and version, of which `find` may answer otherwise than before.
+        self.on_change: Callable[[tuple[str, str]], None] = lambda _: None
         # State: by backend, model name and version, what is known or being asked; watches that end.
         self._watches: dict[tuple[str, str, str], ModelWatch] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -214,11 +214,12 @@ class Models:
         listed = await asyncio.gather(*(self._index_of(backend) for backend in self._pools))
         found = {(entry.name, entry.version): entry for entries in listed for entry in entries}
         named = {name for name, _ in found}
-        known = [(name, version) for _, name, version in self._watches if name not in named]
-        others = {*known, *((name, "") for name in self._settings.model_names() if name not in named)}
-        reports = await asyncio.gather(*(self.report(*model) for model in others))
-        for model, report in zip(others, reports, strict=True):
-            if report.state is not ModelState.ABSENT:
+        reports = {watch.model: watch.report for watch in self._watches.values() if watch.model[0] not in named}
+        asked = [name for name in self._settings.model_names() if name not in named]
+        told = await asyncio.gather(*(self.report(name) for name in asked))
+        reports.update(((name, ""), report) for name, report in zip(asked, told, strict=True))
+        for model, report in reports.items():
+            if report and report.state is not ModelState.ABSENT:
                 found[model] = _to_entry(model, report)
         return [found[model] for model in sorted(found)]
 
@@ -234,7 +235,7 @@ class Models:
 
     def count(self, state: ModelState | None) -> int:
         """The models that are known to be in a state; None: of which nobody has told yet."""
-        reports = [watch.report for watch in self._watches.values()]
+        reports = [watch.report for watch in list(self._watches.values())]  # at once: another thread may ask
         return sum((report.state if report else None) is state for report in reports)
 
     def recount(self) -> None:
@@ -311,10 +312,11 @@ class Models:
 
     def _forget(self, watch: ModelWatch) -> None:
         self._drop(watch)
-        self._changed()
+        if not watch.is_absent:  # of which nobody remembers anything
+            self._changed(watch)
 
-    def _changed(self) -> None:
-        self.on_change()
+    def _changed(self, watch: ModelWatch) -> None:
+        self.on_change(watch.model)
 
     def _drop(self, watch: ModelWatch) -> None:
         del self._watches[watch.backend, *watch.model]

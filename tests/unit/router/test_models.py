@@ -45,7 +45,8 @@ class Router:
         self.changes = 0
         self.models.on_change = self._changed
 
-    def _changed(self) -> None:
+    def _changed(self, model: tuple[str, str]) -> None:
+        assert model == ("m", "")
         self.changes += 1
 
     async def learn(self, name: str = "m", *, rows: int = 1, nbytes: int = 4, timeout_s: float = 10.0) -> None:
@@ -257,6 +258,22 @@ async def test_a_server_that_leaves_decides_itself_about_its_models() -> None:
         backend.sign = Sign.UNREADY
         await asyncio.sleep(6)
         assert router.models.find(*NAME).info == told()
+
+
+async def test_who_waits_for_a_pool_that_is_replaced_asks_the_new_one() -> None:
+    async with routing(FakeBackend(is_ready=False)) as router:
+        task = asyncio.create_task(router.learn())
+        await settle()
+        router.pools["fake"] = other = pool_of(FakeBackend())
+        other.start()
+        router.models.apply(router.settings)
+        await settle()
+        assert task.done()
+        assert repr(router.models) == "<Models []>"
+        await router.learn()
+        assert router.models.find(*NAME).info is None
+        await router.models.aclose()
+        await other.aclose()
 
 
 async def test_zero_asks_only_once() -> None:
