@@ -187,7 +187,7 @@ class Models:
             room.discard(block)
 
     def doubt(self, backend: str, model: tuple[str, str]) -> None:
-        """A backend says of a batch that it has no such model: ask again at once."""
+        """A batch has failed, perhaps since the model is gone or another than before: ask again at once."""
         watch = self._watches.get((backend, *model))
         if watch:
             watch.doubt()
@@ -198,7 +198,7 @@ class Models:
         Raises ResourceExhausted when too many models are known already.
         """
         settings = self._settings.find_model(model_name)
-        if settings is None:
+        if settings is None or max(len(model_name), len(model_version)) > self._settings.limits.max_name_length:
             return ModelReport(ModelState.ABSENT)
         if settings.backend not in self._pools:
             return ModelReport(ModelState.READY)

@@ -394,6 +394,12 @@ async def test_a_report_of_a_model_that_no_settings_match_asks_nobody() -> None:
         assert router.replicas[0].described == []
 
 
+async def test_a_report_of_a_name_that_no_request_may_have_asks_nobody() -> None:
+    async with routing() as router:
+        assert await router.models.report("m" * 257) == ModelReport(ABSENT)
+        assert router.replicas[0].described == []
+
+
 async def test_a_report_finds_a_model_whatever_its_agent_type_is() -> None:
     async with routing(match={"model_name": "m", "agent_type": "buyer"}) as router:
         assert await router.models.report("m") == ModelReport(READY)
