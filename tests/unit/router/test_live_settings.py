@@ -554,13 +554,14 @@ async def test_what_waits_goes_in_batches_as_large_as_the_backend_takes_now() ->
         assert [caller.values for caller in callers] == [[0], [2], [4], [6], [8]]
 
 
-async def test_a_key_that_its_model_does_not_take_any_more_ends_what_it_has_and_is_gone() -> None:
+@pytest.mark.parametrize("other", [told("FP64"), told(max_batch_size=0)], ids=["other input", "no batches"])
+async def test_a_key_that_its_model_does_not_take_any_more_ends_what_it_has_and_is_gone(other: ModelInfo) -> None:
     async with routing(make_settings([{}])) as router:
         await router.learn(told())
         flying, waiting = router.ask(1, 2, 3, 4), router.ask(5)
         await settle()
         assert "1 keys" in repr(router.plane)
-        await router.learn(told("FP64"))
+        await router.learn(other)
         assert "0 keys" in repr(router.plane)
         await answer_all(router.replica())
         assert (flying.values, waiting.values) == ([2, 4, 6, 8], [10])
