@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from router.config import ModelSettings, Settings
-from router.core.model_info import ModelInfo
+from router.core.model_info import IndexEntry, ModelInfo, ModelReport, ModelState
 from router.errors import NotFound
 
 
@@ -46,6 +46,21 @@ class Models:
         if settings is None:
             raise NotFound(f"no model {model_name!r} for agent type {agent_type!r}")
         return Model(settings, None, is_batched=True, max_batch_rows=settings.max_batch_size)
+
+    async def learn(
+        self, model_name: str, model_version: str, agent_type: str, *, rows: int, nbytes: int, deadline: float
+    ) -> None:
+        """Return once `find` knows. Raises RouterError."""
+
+    async def report(self, model_name: str, model_version: str) -> ModelReport:
+        """What is known of a model."""
+        self.find(model_name, model_version, "")
+        return ModelReport(ModelState.READY)
+
+    async def index(self) -> tuple[IndexEntry, ...]:
+        """The models that settings name."""
+        names = dict.fromkeys(model.match.model_name for model in self._settings.models)
+        return tuple(IndexEntry(name, "", "READY") for name in names if not set(name) & set("*?["))
 
     def apply(self, settings: Settings) -> None:
         """Go on by other settings."""
