@@ -149,9 +149,9 @@ class InferRequest:
         self._learning = asyncio.create_task(self._learn(model, terms), name=f"learn {model[0]}")
 
     async def _learn(self, model: tuple[str, str, str], terms: convert.Terms) -> None:
-        nbytes = self.message.ByteSize()
+        nbytes, deadline, tenant = self.message.ByteSize(), terms.deadline, terms.tenant
         try:
-            await self._around.models.learn(*model, rows=1, nbytes=nbytes, deadline=terms.deadline)
+            await self._around.models.learn(*model, rows=1, nbytes=nbytes, deadline=deadline, tenant=tenant)
         except RouterError as error:
             self._end(error)
             return

@@ -16,7 +16,7 @@ from protos.open_inference import open_inference_pb2 as pb
 from router import __version__
 from router.config import Settings
 from router.core.model_info import ModelState
-from router.errors import InternalError, InvalidArgument, NotFound, RouterError
+from router.errors import InternalError, InvalidArgument, RouterError
 from router.servicers import descriptions, infer_unary, tensors
 from router.servicers.infer_stream import Context as StreamContext
 from router.servicers.infer_stream import InferStream
@@ -101,10 +101,7 @@ class OpenInferenceServicer:
 
     async def model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
         """A model that nobody has is not ready, as at Triton."""
-        try:
-            report = await self._around.models.report(request.name, request.version)
-        except NotFound:
-            return pb.ModelReadyResponse(ready=False)
+        report = await self._around.models.report(request.name, request.version)
         return pb.ModelReadyResponse(ready=report.state is ModelState.READY)
 
     async def model_metadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:

@@ -102,6 +102,7 @@ class LateModels(Models):
         rows: int,
         nbytes: int,
         deadline: float,
+        tenant: str = "",
     ) -> None:
         self.learning += 1
         try:
