@@ -195,7 +195,8 @@ class InferRequest:
             return
         self._pieces[part.first] = responses.cut(answer, rows.head.outputs, offset, part.rows)
         if is_last:
-            self.response = responses.of_tensors(rows.head, self._message.id, responses.join(self._pieces))
+            outputs = responses.join(self._pieces)
+            self.response = responses.of_tensors(rows.head, self._message.id, outputs, answer.model_version)
             self._end(None)
 
     def failed(

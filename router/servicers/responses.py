@@ -34,7 +34,7 @@ class Responses:
             self._prepare(head, answer)
         if head.classes:
             rows = [rows_of(tensor, first, head.rows) for tensor in self._chosen]
-            return of_tensors(head, request_id, rows)
+            return of_tensors(head, request_id, rows, answer.model_version)
         response = pb.ModelInferResponse()
         response.CopyFrom(self._form)
         response.id = request_id
@@ -47,26 +47,30 @@ class Responses:
     def _prepare(self, head: Head, answer: BatchAnswer) -> None:
         self._answer = None  # what follows may raise
         self._chosen = choose(answer.outputs, head.outputs)
-        self._form = _form(head, [(tensor, (head.rows, *tensor.shape[1:])) for tensor in self._chosen])
+        shapes = [(tensor, (head.rows, *tensor.shape[1:])) for tensor in self._chosen]
+        self._form = _form(head, shapes, answer.model_version)
         self._answer, self._head = answer, head
 
 
-def of_tensors(head: Head, request_id: str, outputs: Sequence[Tensor]) -> pb.ModelInferResponse:
+def of_tensors(head: Head, request_id: str, outputs: Sequence[Tensor], model_version: str) -> pb.ModelInferResponse:
     """The response with these outputs of all its rows. Raises InvalidArgument when one cannot be told as classes."""
     if head.classes:
         pairs = zip(outputs, head.classes, strict=True)
         is_batched = head.target.key.is_batched
         outputs = [classify(tensor, classes, is_batched=is_batched) if classes else tensor for tensor, classes in pairs]
-    response = _form(head, [(tensor, tensor.shape) for tensor in outputs])
+    response = _form(head, [(tensor, tensor.shape) for tensor in outputs], model_version)
     response.id = request_id
     response.raw_output_contents.extend([tensor.data for tensor in outputs])
     return response
 
 
-def _form(head: Head, outputs: Sequence[tuple[Tensor, tuple[int, ...]]]) -> pb.ModelInferResponse:
-    """Without id and contents. Where there are no batches the one row is all, and has no dimension of its own."""
+def _form(head: Head, outputs: Sequence[tuple[Tensor, tuple[int, ...]]], model_version: str) -> pb.ModelInferResponse:
+    """Without id and contents. Where there are no batches the one row is all, and has no dimension of its own.
+
+    `model_version`: as the backend tells it; if it does not, the one that was asked for.
+    """
     key = head.target.key
-    response = pb.ModelInferResponse(model_name=key.model_name, model_version=key.model_version)
+    response = pb.ModelInferResponse(model_name=key.model_name, model_version=model_version or key.model_version)
     for tensor, shape in outputs:
         whole = shape if key.is_batched else shape[1:]
         response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=whole)

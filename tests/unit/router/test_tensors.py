@@ -321,7 +321,7 @@ def test_its_answer_has_no_dimension_of_rows() -> None:
     head = whole(tensor("x", "FP32", [2]), raw=[bytes(8)]).head
     outputs = (Tensor("o", "FP32", (1, 3), bytes(12)), Tensor("s", "FP32", (1,), bytes(4)))
     for response in (
-        of_tensors(head, "7", outputs),
+        of_tensors(head, "7", outputs, ""),
         Responses().of_batch(head, "7", BatchAnswer(outputs, "b", 1, "r", 0.0, 1.0), 0),
     ):
         assert [list(output.shape) for output in response.outputs] == [[3], []]
@@ -435,9 +435,20 @@ def head_of(message: pb.ModelInferRequest) -> Head:
 
 
 def test_an_answer_is_raw_and_names_its_request() -> None:
-    response = of_tensors(head_of(one_row()), "7", [Tensor("o", "FP32", (1, 1), bytes(4))])
+    response = of_tensors(head_of(one_row()), "7", [Tensor("o", "FP32", (1, 1), bytes(4))], "")
     assert (response.model_name, response.id, list(response.outputs[0].shape)) == ("m", "7", [1, 1])
     assert list(response.raw_output_contents) == [bytes(4)]
+
+
+@pytest.mark.parametrize(("asked", "told", "found"), [("", "", ""), ("1", "", "1"), ("", "2", "2"), ("1", "1", "1")])
+def test_the_version_is_the_backends_else_the_one_that_was_asked_for(asked: str, told: str, found: str) -> None:
+    message = one_row()
+    message.model_version = asked
+    head = head_of(message)
+    tensors = (Tensor("o", "FP32", (1,), bytes(4)),)
+    batch = BatchAnswer(tensors, "b", 1, "replica:1", 0.0, 1.0, model_version=told)
+    assert Responses().of_batch(head, "", batch, 0).model_version == found
+    assert of_tensors(head, "", tensors, told).model_version == found
 
 
 def answer(*outputs: Tensor) -> BatchAnswer:
