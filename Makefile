@@ -9,16 +9,17 @@ LOAD_ARGS ?=
 BIN := .venv/bin
 VENV := .venv/.synced
 LOAD_VENV := .venv-load/.synced
+MLSERVER_VENV := .venv-mlserver/.synced
 GHZ_VERSION := v0.121.0
 GHZ := .tools/ghz-$(GHZ_VERSION)
 
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install run test soak grid bench load-rest load-grpc check format protos lock clean
+.PHONY: help venv venv-mlserver install run test soak grid bench load-rest load-grpc check format protos lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV) ## create or update .venv from requirements-dev.txt (PYTHON=python3.12 to choose)
 
@@ -59,6 +60,14 @@ $(LOAD_VENV): requirements-load.txt $(VENV)
 	@tools/uv.sh pip sync --quiet --require-hashes --python .venv-load/bin/python requirements-load.txt
 	@touch $@
 
+venv-mlserver: $(MLSERVER_VENV) ## create or update .venv-mlserver: MLServer, for example-digits, bench-mlserver and tests
+
+$(MLSERVER_VENV): requirements-mlserver.txt | $(VENV)
+	@echo "making .venv-mlserver from requirements-mlserver.txt"
+	@$(BIN)/python -m venv --clear --without-pip .venv-mlserver
+	@tools/uv.sh pip sync --quiet --require-hashes --python .venv-mlserver/bin/python requirements-mlserver.txt
+	@touch $@
+
 $(GHZ):
 	@command -v go >/dev/null || { echo "make load-grpc: Go is needed to install ghz, and there is no go" >&2; exit 1; }
 	@echo "installing ghz $(GHZ_VERSION) into .tools"
@@ -93,7 +102,9 @@ lock: $(VENV) ## resolve the requirement files anew; LOCK_ARGS=--upgrade for new
 		-c requirements-dev.txt pyproject.toml -o requirements.txt
 	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
 		--group load -o requirements-load.txt
+	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
+		--group mlserver -o requirements-mlserver.txt
 
 clean: ## remove .venv and every cache
-	rm -rf .venv .venv-load .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf .venv .venv-load .venv-mlserver .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
