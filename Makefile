@@ -75,7 +75,7 @@ venv-mlserver: $(MLSERVER_VENV) ## create or update .venv-mlserver: MLServer, fo
 $(MLSERVER_VENV): requirements-mlserver.txt | $(VENV)
 	@echo "making .venv-mlserver from requirements-mlserver.txt"
 	@$(BIN)/python -m venv --clear --without-pip .venv-mlserver
-	@tools/uv.sh pip sync --quiet --require-hashes --python .venv-mlserver/bin/python requirements-mlserver.txt
+	@tools/uv.sh pip sync --quiet --require-hashes --compile-bytecode --python .venv-mlserver/bin/python requirements-mlserver.txt
 	@touch $@
 
 $(GHZ):
