@@ -9,16 +9,17 @@ LOAD_ARGS ?=
 BIN := .venv/bin
 VENV := .venv/.synced
 LOAD_VENV := .venv-load/.synced
+TRITON_VENV := .venv-triton/.synced
 GHZ_VERSION := v0.121.0
 GHZ := .tools/ghz-$(GHZ_VERSION)
 
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install run test soak grid bench load-rest load-grpc check format protos lock clean
+.PHONY: help venv venv-triton install run test interop soak grid bench load-rest load-grpc check format protos lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV) ## create or update .venv from requirements-dev.txt (PYTHON=python3.12 to choose)
 
@@ -36,6 +37,9 @@ run: $(VENV) ## start mock, router and gateway; Ctrl-C drains and stops them
 
 test: $(VENV) ## run all tests, three files at a time; PYTEST_ARGS="-k batch -x" for some, TEST_WORKERS=0 for one by one
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+interop: $(VENV) ## test with other people's clients and servers, and list the cases; PYTEST_ARGS as for test
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --interop-cases $(PYTEST_ARGS) tests/interop
 
 soak: $(VENV) ## the rows of the reliability plan at their full counts, hours; SOAK_ARGS="kills cancels" for some
 	@$(BIN)/python -m tests.reliability --full $(SOAK_ARGS)
@@ -57,6 +61,14 @@ $(LOAD_VENV): requirements-load.txt $(VENV)
 	@echo "making .venv-load from requirements-load.txt"
 	@$(BIN)/python -m venv --clear --without-pip .venv-load
 	@tools/uv.sh pip sync --quiet --require-hashes --python .venv-load/bin/python requirements-load.txt
+	@touch $@
+
+venv-triton: $(TRITON_VENV) ## create or update .venv-triton: a real Triton, 310 MB, for the interoperability tests
+
+$(TRITON_VENV): requirements-triton.txt $(VENV)
+	@echo "making .venv-triton from requirements-triton.txt"
+	@$(BIN)/python -m venv --clear --without-pip .venv-triton
+	@tools/uv.sh pip sync --quiet --require-hashes --compile-bytecode --python .venv-triton/bin/python requirements-triton.txt
 	@touch $@
 
 $(GHZ):
@@ -93,7 +105,9 @@ lock: $(VENV) ## resolve the requirement files anew; LOCK_ARGS=--upgrade for new
 		-c requirements-dev.txt pyproject.toml -o requirements.txt
 	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
 		--group load -o requirements-load.txt
+	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
+		--group triton -o requirements-triton.txt
 
 clean: ## remove .venv and every cache
-	rm -rf .venv .venv-load .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf .venv .venv-load .venv-triton .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
