@@ -10,16 +10,17 @@ BIN := .venv/bin
 VENV := .venv/.synced
 LOAD_VENV := .venv-load/.synced
 TRITON_VENV := .venv-triton/.synced
+MLSERVER_VENV := .venv-mlserver/.synced
 GHZ_VERSION := v0.121.0
 GHZ := .tools/ghz-$(GHZ_VERSION)
 
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-triton install run test interop soak grid bench load-rest load-grpc check format protos lock clean
+.PHONY: help venv venv-mlserver venv-triton install run test interop soak grid bench load-rest load-grpc check format protos lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV) ## create or update .venv from requirements-dev.txt (PYTHON=python3.12 to choose)
 
@@ -63,9 +64,17 @@ $(LOAD_VENV): requirements-load.txt $(VENV)
 	@tools/uv.sh pip sync --quiet --require-hashes --python .venv-load/bin/python requirements-load.txt
 	@touch $@
 
+venv-mlserver: $(MLSERVER_VENV) ## create or update .venv-mlserver: MLServer, for example-digits, bench-mlserver and tests
+
+$(MLSERVER_VENV): requirements-mlserver.txt | $(VENV)
+	@echo "making .venv-mlserver from requirements-mlserver.txt"
+	@$(BIN)/python -m venv --clear --without-pip .venv-mlserver
+	@tools/uv.sh pip sync --quiet --require-hashes --python .venv-mlserver/bin/python requirements-mlserver.txt
+	@touch $@
+
 venv-triton: $(TRITON_VENV) ## create or update .venv-triton: a real Triton, 310 MB, for the interoperability tests
 
-$(TRITON_VENV): requirements-triton.txt $(VENV)
+$(TRITON_VENV): requirements-triton.txt | $(VENV)
 	@echo "making .venv-triton from requirements-triton.txt"
 	@$(BIN)/python -m venv --clear --without-pip .venv-triton
 	@tools/uv.sh pip sync --quiet --require-hashes --compile-bytecode --python .venv-triton/bin/python requirements-triton.txt
@@ -106,8 +115,10 @@ lock: $(VENV) ## resolve the requirement files anew; LOCK_ARGS=--upgrade for new
 	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
 		--group load -o requirements-load.txt
 	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
+		--group mlserver -o requirements-mlserver.txt
+	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
 		--group triton -o requirements-triton.txt
 
 clean: ## remove .venv and every cache
-	rm -rf .venv .venv-load .venv-triton .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf .venv .venv-load .venv-mlserver .venv-triton .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -75,6 +75,8 @@ PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 # Further apart, and who has the least would wait for its turn for a thousand rounds.
 Weight = Annotated[float, Field(ge=0.001, le=1000)]
+# Triton's ModelStreamInfer, or one ModelInfer for each batch.
+ProtocolName = Literal["stream", "unary"]
 # gRPC counts message bytes in an int32.
 MessageBytes = Annotated[int, Field(ge=1, lt=2**31)]
 # What a batch's message holds beside its rows: names, shapes, parameters.
@@ -90,14 +92,16 @@ class Section(BaseModel):
 class BackendSettings(Section):
     """A pool of replicas. `max_in_flight`: batches at a time per replica and model; 0: no limit.
 
-    `max_in_flight_total`: the same over all models; each batch has a stream, and servers commonly allow no more.
+    `protocol`: `stream`, Triton's ModelStreamInfer, or `unary`, one ModelInfer for each batch, which every server has.
+    `max_in_flight_total`: as `max_in_flight`, over all models; each batch has a stream or a call, and servers commonly
+    allow no more.
     `ejection_s`: how long a replica that fails, or is three times as slow as its peers, gets no batch the first time.
     `probe_interval_s`: how often a replica is asked whether it lives and is ready; 0: never.
     `resolve_interval_s`: how often names among the addresses are looked up again.
     """
 
     addresses: list[Replicas] = Field(min_length=1)
-    protocol: Literal["stream"] = "stream"
+    protocol: ProtocolName = "stream"
     max_in_flight: int = Field(4, ge=0)
     max_in_flight_total: Count = 1024
     ejection_s: PositiveSeconds = 30

@@ -75,6 +75,7 @@ def make_pool(settings: Settings, backend: BackendSettings) -> ReplicaPool:
         batch_timeout_s=settings.batch_timeout_s,
         max_message_bytes=settings.limits.max_backend_message_bytes,
         max_in_flight=backend.max_in_flight_total,
+        protocol=backend.protocol,
     )
     rules = Rules(
         max_in_flight=backend.max_in_flight,

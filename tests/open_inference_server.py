@@ -81,6 +81,9 @@ class OpenInferenceServer:
     address: str = ""
     requests: list[pb.ModelInferRequest] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
+    # Of each ModelInfer the seconds left to its deadline; how many batches were given up by the caller.
+    left_s: list[float] = field(default_factory=list)
+    lost: int = 0
     # Cleared by a test: calls wait until it is set.
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
     _server: grpc.aio.Server | None = None
@@ -160,12 +163,17 @@ class _Servicer(pb_grpc.GRPCInferenceServiceServicer):
 
     async def _infer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
         self._around.requests.append(request)
-        await self._around.may_answer.wait()
+        try:
+            await self._around.may_answer.wait()
+        except asyncio.CancelledError:
+            self._around.lost += 1
+            raise
         if request.model_name not in self._around.models:
             raise Abort(grpc.StatusCode.NOT_FOUND, f"unknown model {request.model_name!r}")
         return self._around.models[request.model_name].infer(request)
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+        self._around.left_s.append(context.time_remaining())
         try:
             return await self._infer(request)
         except Abort as error:

@@ -14,11 +14,11 @@ from protos.open_inference import open_inference_pb2 as pb
 from protos.open_inference import open_inference_pb2_grpc as pb_grpc
 from router.core.model_info import IndexEntry, ModelInfo, ModelReport, ModelState, TensorInfo
 from router.core.pulse import Sign
+from router.dispatch.wire import LOST
 from router.errors import StreamLost
 
 # About a model; the silence of a server that computes is the prober's business.
 ANSWER_S = 3.0
-LOST = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED})
 
 A = TypeVar("A")
 

@@ -51,14 +51,20 @@ def mock_config(
 
 
 def router_settings(
-    addresses: Sequence[str], model: Mapping[str, object] | None = None, *, max_in_flight: int = 4, **changes: object
+    addresses: Sequence[str],
+    model: Mapping[str, object] | None = None,
+    *,
+    max_in_flight: int = 4,
+    **changes: object,
 ) -> Settings:
+    """`protocol` among the changes is the backend's."""
+    protocol = changes.pop("protocol", "stream")
     given: dict[str, object] = {
         "listen": "127.0.0.1:0",
         "metrics": None,
         "drain_delay_s": 0.0,
         "log_requests": "off",
-        "backends": {"mock": {"addresses": list(addresses), "max_in_flight": max_in_flight}},
+        "backends": {"mock": {"addresses": list(addresses), "max_in_flight": max_in_flight, "protocol": protocol}},
         "models": [{"backend": "mock", **(model or {})}],
     }
     return Settings(**{**given, **changes})  # type: ignore[arg-type]
@@ -93,7 +99,10 @@ class Stack:
 
 @asynccontextmanager
 async def serving(
-    *mocks: MockServer, model: Mapping[str, object] | None = None, max_in_flight: int = 4, **changes: object
+    *mocks: MockServer,
+    model: Mapping[str, object] | None = None,
+    max_in_flight: int = 4,
+    **changes: object,
 ) -> AsyncIterator[Stack]:
     """A router in front of the mocks (by default one without latency), all stopped at the end."""
     mocks = mocks or (MockServer(mock_config()),)
@@ -102,7 +111,8 @@ async def serving(
             await mock.start()
             stack.push_async_callback(mock.stop)
         addresses = [mock.address for mock in mocks]
-        router = RouterServer(router_settings(addresses, model, max_in_flight=max_in_flight, **changes))
+        settings = router_settings(addresses, model, max_in_flight=max_in_flight, **changes)
+        router = RouterServer(settings)
         await router.start()
         stack.push_async_callback(router.stop)
         channel = await stack.enter_async_context(open_channel(router.address))

@@ -16,6 +16,8 @@ from tests.integration.stack import Gate, Stub, mock_config, open_channel, servi
 
 pytestmark = pytest.mark.anyio
 
+BOTH_PROTOCOLS = pytest.mark.parametrize("protocol", ["stream", "unary"])
+
 
 def agent(*vector: float, model: str = "churn", agent_type: str = "a") -> pb.Agent:
     return pb.Agent(model_name=model, agent_type=agent_type, vector=vector)
@@ -212,7 +214,6 @@ async def test_past_the_queues_bound_a_request_is_refused_with_push_back() -> No
         ("wrong_shape", "UNKNOWN", "shape [3] for a batch of 2 rows"),
         ("wrong_datatype", "UNKNOWN", "8 bytes, which is not FP64[2]"),
         ("missing_output", "UNKNOWN", "without any output"),
-        ("foreign_id", "UNKNOWN", "-foreign' when asked for"),
         ("error:code=UNIMPLEMENTED", "UNKNOWN", ""),
         ("error:code=FAILED_PRECONDITION", "UNKNOWN", ""),
         ("error:code=UNAUTHENTICATED", "UNKNOWN", ""),
@@ -220,10 +221,12 @@ async def test_past_the_queues_bound_a_request_is_refused_with_push_back() -> No
         ("error:code=NOT_FOUND", "NOT_FOUND", ""),
     ],
 )
+@BOTH_PROTOCOLS
 async def test_what_no_split_could_help_fails_its_batch_at_once_and_the_next_is_fine(
-    fault: str, code: str, message: str
+    fault: str, code: str, message: str, protocol: str
 ) -> None:
-    async with serving(MockServer(mock_config(parse_fault(f"{fault}{',' if ':' in fault else ':'}first=1")))) as stack:
+    mock = MockServer(mock_config(parse_fault(f"{fault}{',' if ':' in fault else ':'}first=1")))
+    async with serving(mock, protocol=protocol) as stack:
         request = pb.PredictRequest(agents={"a": agent(1), "b": agent(2)})
         error = await fails(stack.stub, request)
         assert error.code() is grpc.StatusCode[code]
@@ -231,6 +234,18 @@ async def test_what_no_split_could_help_fails_its_batch_at_once_and_the_next_is_
         results = (await stack.stub.Predict(request)).results
         assert list(results["b"].output) == truth("churn", [[2]])
         assert stack.mock.arrived == 2
+
+
+async def test_an_answer_with_another_id_fails_its_batch_where_it_may_be_anothers() -> None:
+    mock = MockServer(mock_config(parse_fault("foreign_id:first=1")))
+    async with serving(mock) as stack:
+        error = await fails(stack.stub, pb.PredictRequest(agents={"a": agent(1)}))
+        assert error.code() is grpc.StatusCode.UNKNOWN
+        assert "-foreign' when asked for" in str(error.details())
+    mock = MockServer(mock_config(parse_fault("foreign_id:first=1")))
+    async with serving(mock, protocol="unary") as stack:
+        results = (await stack.stub.Predict(pb.PredictRequest(agents={"a": agent(1)}))).results
+        assert list(results["a"].output) == truth("churn", [[1]])
 
 
 @pytest.mark.parametrize(
@@ -243,8 +258,10 @@ async def test_what_no_split_could_help_fails_its_batch_at_once_and_the_next_is_
         "error:code=DEADLINE_EXCEEDED",
     ],
 )
-async def test_what_is_lost_or_refused_for_lack_of_room_runs_again(fault: str) -> None:
-    async with serving(MockServer(mock_config(parse_fault(f"{fault}{',' if ':' in fault else ':'}first=2")))) as stack:
+@BOTH_PROTOCOLS
+async def test_what_is_lost_or_refused_for_lack_of_room_runs_again(fault: str, protocol: str) -> None:
+    mock = MockServer(mock_config(parse_fault(f"{fault}{',' if ':' in fault else ':'}first=2")))
+    async with serving(mock, protocol=protocol) as stack:
         results = (await stack.stub.Predict(pb.PredictRequest(agents={"a": agent(1)}, explain=True))).results
         assert list(results["a"].output) == truth("churn", [[1]])
         assert results["a"].explanation.attempts == 3
@@ -268,18 +285,22 @@ async def test_a_model_with_side_effects_is_never_tried_again() -> None:
         assert stack.mock.arrived == 1
 
 
-async def test_a_batch_that_times_out_runs_elsewhere_and_the_late_stream_is_dropped() -> None:
+@BOTH_PROTOCOLS
+async def test_a_batch_that_times_out_runs_elsewhere_and_the_late_call_is_dropped(protocol: str) -> None:
     stalled, healthy = MockServer(mock_config(parse_fault("stall"))), MockServer(mock_config())
-    async with serving(stalled, healthy, batch_timeout_s=1.0) as stack:
+    async with serving(stalled, healthy, batch_timeout_s=1.0, protocol=protocol) as stack:
         results = (await stack.stub.Predict(pb.PredictRequest(agents={"a": agent(1)}, explain=True))).results
         assert list(results["a"].output) == truth("churn", [[1]])
         assert results["a"].explanation.replica == healthy.address
         await stalled.wait_until_idle()
 
 
-async def test_an_answer_over_the_message_limit_comes_in_pieces_and_its_streams_are_replaced() -> None:
+@BOTH_PROTOCOLS
+async def test_an_answer_over_the_message_limit_comes_in_pieces_and_its_streams_are_replaced(protocol: str) -> None:
     limits, model = {"max_backend_message_bytes": 50_000}, {"max_batch_bytes": 30_000}
-    async with serving(MockServer(mock_config(output_width=5_000)), model=model, limits=limits) as stack:
+    async with serving(
+        MockServer(mock_config(output_width=5_000)), model=model, limits=limits, protocol=protocol
+    ) as stack:
         five = pb.PredictRequest(agents={str(number): agent(number) for number in range(5)})
         results = (await stack.stub.Predict(five)).results
         for number in range(5):
@@ -332,10 +353,11 @@ async def test_a_backend_that_goes_and_comes_back_is_found_again_and_rows_wait_m
             await again.stop()
 
 
-async def test_a_lost_replicas_batch_runs_on_the_other() -> None:
+@BOTH_PROTOCOLS
+async def test_a_lost_replicas_batch_runs_on_the_other(protocol: str) -> None:
     gate = Gate()
     dying, healthy = gate.mock(), gate.mock()
-    async with serving(dying, healthy, max_in_flight=1) as stack:
+    async with serving(dying, healthy, max_in_flight=1, protocol=protocol) as stack:
         calls = [
             asyncio.ensure_future(stack.stub.Predict(pb.PredictRequest(agents={"a": agent(n, agent_type=str(n))})))
             for n in range(2)

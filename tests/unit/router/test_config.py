@@ -133,7 +133,7 @@ BASE = "backends: {mock: {addresses: ['h:1']}}\nmodels: [{backend: mock}]\n"
         ),
         ("backends: {mock: {addresses: ['h:99999']}}\nmodels: [{backend: mock}]", "no port from 0 to 65535"),
         (
-            "backends: {mock: {addresses: ['h:1'], protocol: unary}}\nmodels: [{backend: mock}]",
+            "backends: {mock: {addresses: ['h:1'], protocol: rest}}\nmodels: [{backend: mock}]",
             "backends.mock.protocol: ",
         ),
         ("backends: {mock: {addresses: ['h:1'], max_in_flight: -1}}\nmodels: [{backend: mock}]", "max_in_flight: "),

@@ -286,7 +286,14 @@ async def test_a_model_that_is_gone_is_not_found_and_what_it_took_is_answered() 
         assert old.values == [2]
 
 
-@pytest.mark.parametrize("changes", [{"batch_timeout_s": 5}, {"limits": {"max_backend_message_bytes": 2**25}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_timeout_s": 5},
+        {"limits": {"max_backend_message_bytes": 2**25}},
+        {"backends": {"one": {"protocol": "unary"}}},
+    ],
+)
 async def test_what_a_pool_cannot_change_makes_a_new_one_beside_the_old(changes: dict[str, Any]) -> None:
     async with routing(make_settings([{}])) as router:
         old = router.ask(1)

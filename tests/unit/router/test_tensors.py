@@ -11,7 +11,7 @@ from protos.open_inference import open_inference_pb2 as pb
 from router.config import Settings
 from router.core.types import Block, Tensor
 from router.core.variable import VariableBlock
-from router.dispatch.replica import to_request
+from router.dispatch.wire import to_request
 from router.errors import InvalidArgument, ModelFailed, RouterError
 from router.models import Models
 from router.servicers.convert import Routes, Terms

@@ -1,0 +1,160 @@
+"""Exchanges: the two ways of a batch to a server and of its answer back, Triton's stream and the protocol's own call.
+
+A stream carries one batch at a time, so no answer can be taken for another's and no batch waits behind another; it is
+used again. An answer on it must bear its batch's id: servers that mix up streams were seen. Whatever goes wrong on a
+stream ends that stream only.
+
+A call is there for one batch, and gRPC itself knows what it answers: so the id in its answer may be any. MLServer and
+KServe leave it empty or make their own.
+"""
+
+import asyncio
+import logging
+import re
+from collections import deque
+from typing import ClassVar, NoReturn, Protocol
+
+import grpc
+import grpc.aio
+
+from protos.open_inference import open_inference_pb2 as pb
+from router.core.answer import model_text
+from router.dispatch.wire import translate, translate_status
+from router.errors import BackendError, Malformed, Refused, StreamLost
+
+logger = logging.getLogger(__name__)
+
+# Ids of the batches a stream carried last: an answer that repeats one of them is late or double and is passed over.
+REMEMBERED_IDS = 16
+
+_REQUEST_ID = re.compile(r"^\[request id: (?P<id>[^\]]*)\] ?")
+
+# How much later than ours a server's own time bound is: what comes back then is told by our clock alone.
+SERVERS_BOUND_LATER_S = 1.0
+# gRPC counts in int64 nanoseconds; a year is for ever.
+LONGEST_S = 365 * 24 * 3600.0
+
+StreamCall = grpc.aio.StreamStreamCall[pb.ModelInferRequest, pb.ModelStreamInferResponse]
+UnaryMethod = grpc.aio.UnaryUnaryMultiCallable[pb.ModelInferRequest, pb.ModelInferResponse]
+
+
+class Exchange(Protocol):
+    """One way to the server: carries a batch there and its answer back. `lasts`: and may be used for the next one."""
+
+    lasts: ClassVar[bool]
+    idle_since: float
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is of no more use."""
+
+    async def exchange(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+        """Send a batch, wait for its answer. After an error it is of no more use. Raises BackendError."""
+
+    def close(self) -> None:
+        """Let go of it, and of what is under way on it. A dropped call is never collected (grpc/grpc#43462)."""
+
+
+class Call:
+    """One ModelInfer call.
+
+    `timeout_s`: after so long nobody waits for it any more, and the server may know that.
+    """
+
+    lasts: ClassVar[bool] = False
+
+    def __init__(self, method: UnaryMethod, address: str, timeout_s: float) -> None:
+        self._method = method
+        self._address = address
+        self._timeout_s = min(timeout_s + SERVERS_BOUND_LATER_S, LONGEST_S)
+        self._call: grpc.aio.UnaryUnaryCall[pb.ModelInferRequest, pb.ModelInferResponse] | None = None
+        self.idle_since = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """See Exchange."""
+        return self._call is not None
+
+    async def exchange(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+        """See Exchange."""
+        self._call = self._method(request, timeout=self._timeout_s)
+        try:
+            return await self._call
+        except grpc.aio.AioRpcError as error:
+            raise translate(error, self._address) from error
+
+    def close(self) -> None:
+        """See Exchange."""
+        if self._call:
+            self._call.cancel()
+
+
+class Stream:
+    """One ModelStreamInfer call; one exchange at a time."""
+
+    lasts: ClassVar[bool] = True
+
+    def __init__(self, call: StreamCall, address: str) -> None:
+        self._call = call
+        self._address = address
+        self._carried: deque[str] = deque(maxlen=REMEMBERED_IDS)
+        self.idle_since = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """See Exchange."""
+        return self._call.done()
+
+    def close(self) -> None:
+        """See Exchange."""
+        self._call.cancel()
+
+    async def exchange(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+        """See Exchange."""
+        try:
+            await self._call.write(request)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            await self._raise_lost_write(error)
+        try:
+            response = await self._read_own(request.id)
+        except grpc.aio.AioRpcError as error:
+            raise translate(error, self._address) from error
+        self._carried.append(request.id)
+        return response
+
+    async def _raise_lost_write(self, error: Exception) -> NoReturn:
+        """The server ended the stream before or while we wrote: its status tells why, if it gave one.
+
+        A write that races with the peer's death fails with INTERNAL, which is a loss too.
+        """
+        code = await self._call.code()
+        if code in (grpc.StatusCode.OK, grpc.StatusCode.INTERNAL):
+            raise StreamLost(f"stream to {self._address} lost while writing") from error
+        raise translate_status(code, await self._call.details(), self._address) from error
+
+    async def _read_own(self, batch_id: str) -> pb.ModelInferResponse:
+        while True:
+            message = await self._call.read()
+            if not isinstance(message, pb.ModelStreamInferResponse):
+                raise await self._ended()
+            answered = _answered_id(message)
+            if answered in self._carried:
+                logger.warning("backend %s repeated its answer to batch %s; passed over", self._address, answered)
+            elif message.error_message and answered in ("", batch_id):
+                raise Refused(model_text(_REQUEST_ID.sub("", message.error_message)))
+            elif answered != batch_id:
+                raise Malformed(f"{self._address} answered batch {answered!r} when asked for {batch_id!r}")
+            else:
+                return message.infer_response
+
+    async def _ended(self) -> BackendError:
+        """The server closed the stream without an answer; OK is no answer either."""
+        code = await self._call.code()
+        if code is grpc.StatusCode.OK:
+            return StreamLost(f"{self._address} closed the stream without an answer")
+        return translate_status(code, await self._call.details(), self._address)
+
+
+def _answered_id(message: pb.ModelStreamInferResponse) -> str:
+    match = _REQUEST_ID.match(message.error_message)
+    return match["id"] if match else message.infer_response.id
