@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 DEFAULT_FILE = Path("router.yaml")
@@ -63,6 +63,11 @@ def _check_replicas(entry: str) -> str:
     else:
         check_remote(entry)
     return entry
+
+
+def _switch(value: object) -> object:
+    """YAML reads `on` and `off` as true and false."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 Address = Annotated[str, AfterValidator(_check_address)]
@@ -136,8 +141,12 @@ class ModelSettings(Section):
     # Further attempts of a row whose batch was lost or refused; 0, for models with side effects: nothing is sent twice,
     # and a bad row takes its batch with it.
     retries: int = Field(2, ge=0, le=10)
-    # The input tensor that native rows arrive in, and the output they are read from (null: `output`, else the first).
-    vector_input: str = Field("vector", min_length=1)
+    # Whether rows of several requests share a call; auto: as the backend tells of the model.
+    batching: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    # The input tensor that native rows arrive in and its datatype (null: the model's only input, else `vector`, FP32),
+    # and the output they are read from (null: `output`, else the first).
+    vector_input: Annotated[str, Field(min_length=1)] | None = None
+    vector_datatype: Literal["FP32", "FP64", "FP16"] | None = None
     vector_output: str | None = None
     send_agent_type: bool = True
     # False: rows whose answer holds NaN or infinity fail.

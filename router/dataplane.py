@@ -101,6 +101,10 @@ class Call:
         if not self.is_closed:
             self._close()
 
+    def expect(self, rows: int) -> None:
+        """The call has so many rows; before any of them was queued, for a call opened while nobody could know."""
+        self._open_rows = rows
+
     def wait_in(self, lane: Lane, block: Block) -> None:
         """Remember where to withdraw from."""
         self._queued.append((lane, block))

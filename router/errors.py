@@ -29,6 +29,10 @@ class NotFound(RouterError):
     """No such model; the same request fails until somebody configures or loads it."""
 
 
+class Unsupported(RouterError):
+    """A model that the router cannot serve as it is; the message tells what would help."""
+
+
 class DeadlineExceeded(RouterError):
     """The caller's time was up first; a retry needs more of it."""
 

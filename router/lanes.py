@@ -208,5 +208,8 @@ class Lanes:
 
 def _contract(key: BatchKey, model: ModelSettings) -> Contract:
     """What answers must hold. `vector_output` is asked of keys that native rows have, not of a model's other inputs."""
-    is_native = len(key.inputs) == 1 and (key.inputs[0].name, key.inputs[0].datatype) == (model.vector_input, "FP32")
+    is_native = len(key.inputs) == 1 and (key.inputs[0].name, key.inputs[0].datatype) == (
+        model.vector_input or "vector",
+        "FP32",
+    )
     return Contract(model.vector_output if is_native else None, model.allow_nan)

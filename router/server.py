@@ -164,13 +164,14 @@ class RouterServer:
         """Leave without losing what was accepted; see the module's text."""
         await self._health.leave()
         self._servicer.announce_draining()
+        self._open_inference.announce_draining()
         logger.info("draining: new calls are taken for %g s more", self._settings.drain_delay_s)
         await asyncio.sleep(self._settings.drain_delay_s)
         self.plane.refuse_new()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_timeout_s):
                 await self.plane.wait_until_idle()
-                self._servicer.end_streams()
+                self._end_streams()
                 await self._rpcs.wait_until_answered()
 
     async def leave(self) -> None:
@@ -181,7 +182,7 @@ class RouterServer:
         to us yet: under load there always is one (16 callers that try again at once: 12 for each stop, measured).
         """
         await self.plane.aclose()
-        self._servicer.end_streams()
+        self._end_streams()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_GRACE_S):
                 await self._rpcs.wait_until_answered()
@@ -192,10 +193,14 @@ class RouterServer:
     async def stop(self) -> None:
         """Fail what is still open, flush it, and let go of everything."""
         await self.plane.aclose()
-        self._servicer.end_streams()
+        self._end_streams()
         await self._server.stop(CLOSE_GRACE_S)
         await self._let_go()
         logger.info("router stopped")
+
+    def _end_streams(self) -> None:
+        self._servicer.end_streams()
+        self._open_inference.end_streams()
 
     async def _let_go(self) -> None:
         await self._backends.aclose()

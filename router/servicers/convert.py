@@ -72,7 +72,7 @@ class Routes:
         model = self._settings.route(model_name, agent_type)
         if model is None:
             raise NotFound(f"no model {model_name!r} for agent type {agent_type!r}")
-        spec = TensorSpec(model.vector_input, "FP32", (dim,))
+        spec = TensorSpec(model.vector_input or "vector", "FP32", (dim,))
         if spec.row_bytes > model.max_batch_bytes:
             raise InvalidArgument(f"a row of {spec.row_bytes} bytes is over max_batch_bytes = {model.max_batch_bytes}")
         parameters = (("agent_type", agent_type),) if model.send_agent_type and agent_type else ()

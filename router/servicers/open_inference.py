@@ -1,40 +1,39 @@
-"""The Open Inference Protocol's front: `ModelInfer`. Its other methods answer UNIMPLEMENTED.
+"""The Open Inference Protocol's front: what a server is asked about itself and its models, and both ways to infer.
 
-A request is one block of rows. They share batches with all rows of their key, whoever sent them and by which protocol;
-a request larger than a batch is put together again. The protocol knows no errors of single rows: the first that fails
-fails its request, and the rows of it that still wait leave their queue.
+The answers about models are their backends', under the router's terms: rows of a call are ours to decide, requests may
+have any number of them, and of a model whose backend tells nothing only the name is known.
 """
 
 import asyncio
 import logging
-import time
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
 from protos.open_inference import open_inference_pb2 as pb
+from router import __version__
 from router.config import Settings
-from router.core.batch import rows_of
-from router.core.types import BatchAnswer, Part, Tensor
-from router.dataplane import Call
-from router.errors import Cancelled, DeadlineExceeded, InternalError, InvalidArgument, RouterError, Unavailable
-from router.servicers import convert, tensors
-from router.servicers.access import OK
-from router.servicers.status import status_of, to_proto
+from router.core.model_info import ModelState
+from router.errors import InternalError, InvalidArgument, RouterError
+from router.servicers import descriptions, infer_unary, tensors
+from router.servicers.infer_stream import Context as StreamContext
+from router.servicers.infer_stream import InferStream
+from router.servicers.status import to_proto
 from router.servicers.stream import Surroundings
-from router.servicers.unary import Rpcs, Unreadable, abort, reader, request_id
+from router.servicers.unary import Readable, Rpcs, Unreadable, abort, reader
 
 logger = logging.getLogger(__name__)
 
-METHOD = "ModelInfer"
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
-# Trailing metadata of a request that was refused because the router leaves: it was not begun, and may go elsewhere.
-REFUSED_KEY = "inference-router-refused"
-# Of an error in the access log: it may name a name of megabytes, to say that it is too long.
-MAX_DETAIL_CHARACTERS = 1000
+NAME = "inference-router"
+# Triton's names for what a server can do beyond the protocol. Of `model_repository` there is the index, not loading.
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "schedule_policy")
 
-Context = grpc.aio.ServicerContext[pb.ModelInferRequest, pb.ModelInferResponse]
+Context = grpc.aio.ServicerContext[Any, Any]
+Question = TypeVar("Question", bound=Readable)
+Answer = TypeVar("Answer")
 
 
 class OpenInferenceServicer:
@@ -44,146 +43,125 @@ class OpenInferenceServicer:
         self._around = around
         self._rpcs = rpcs
         self._targets = tensors.Targets(around.settings, around.models)
+        # State: the streams that are open; whether the router leaves; whether streams are to end.
+        self._streams: set[InferStream] = set()
+        self._is_draining = False
+        self._is_ending = False
 
     def apply(self, settings: Settings) -> None:
         """Find models by other settings."""
         self._targets = tensors.Targets(settings, self._around.models)
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Register what is there; see InferenceServicer."""
+        """Register all methods; see InferenceServicer."""
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            METHOD: grpc.unary_unary_rpc_method_handler(
+            "ServerLive": _answering(pb.ServerLiveRequest, self.server_live),
+            "ServerReady": _answering(pb.ServerReadyRequest, self.server_ready),
+            "ServerMetadata": _answering(pb.ServerMetadataRequest, self.server_metadata),
+            "ModelReady": _answering(pb.ModelReadyRequest, self.model_ready),
+            "ModelMetadata": _answering(pb.ModelMetadataRequest, self.model_metadata),
+            "ModelConfig": _answering(pb.ModelConfigRequest, self.model_config),
+            "RepositoryIndex": _answering(pb.RepositoryIndexRequest, self.repository_index),
+            "ModelInfer": grpc.unary_unary_rpc_method_handler(
                 self.ModelInfer,
                 request_deserializer=reader(pb.ModelInferRequest),
                 response_serializer=pb.ModelInferResponse.SerializeToString,
-            )
+            ),
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(
+                self.ModelStreamInfer,
+                request_deserializer=reader(pb.ModelInferRequest),
+                response_serializer=pb.ModelStreamInferResponse.SerializeToString,
+            ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
+    def announce_draining(self) -> None:
+        """Be not ready from now on. Streams have no word for it."""
+        self._is_draining = True
+
+    def end_streams(self) -> None:
+        """End every stream as soon as its requests are answered; new streams end at once."""
+        self._is_ending = True
+        for stream in self._streams:
+            stream.end()
+
+    # -- about the server and its models -----------------------------------------------------------------------------
+
+    async def server_live(self, _: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
+        """The loop turns."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def server_ready(self, _: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
+        """Whatever the backends do: ModelReady tells of models."""
+        return pb.ServerReadyResponse(ready=not self._is_draining)
+
+    async def server_metadata(self, _: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
+        """See EXTENSIONS."""
+        return pb.ServerMetadataResponse(name=NAME, version=__version__, extensions=EXTENSIONS)
+
+    async def model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
+        """A model that nobody has is not ready, as at Triton."""
+        report = await self._around.models.report(request.name, request.version)
+        return pb.ModelReadyResponse(ready=report.state is ModelState.READY)
+
+    async def model_metadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
+        """Raises RouterError."""
+        report = await self._around.models.report(request.name, request.version)
+        return descriptions.to_metadata(request.name, request.version, report)
+
+    async def model_config(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
+        """Raises RouterError."""
+        report = await self._around.models.report(request.name, request.version)
+        descriptions.check_there(request.name, request.version, report)
+        model = self._around.models.find(request.name, request.version, "")
+        return pb.ModelConfigResponse(config=descriptions.to_config(request.name, model))
+
+    async def repository_index(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
+        """Raises RouterError."""
+        if request.repository_name:
+            raise InvalidArgument("repository_name: the router has no repositories by name")
+        return descriptions.to_index(await self._around.models.index(), are_ready=request.ready)
+
+    # -- inferring ---------------------------------------------------------------------------------------------------
+
     async def ModelInfer(  # noqa: N802
-        self, request: pb.ModelInferRequest | Unreadable, context: Context
+        self, request: pb.ModelInferRequest | Unreadable, context: infer_unary.Context
     ) -> pb.ModelInferResponse:
-        """Answer when every row is answered; abort when the request is bad or one of its rows failed."""
-        if isinstance(request, Unreadable):
-            error = InvalidArgument("the request cannot be read as a ModelInferRequest")
-            return await abort(context, to_proto(error))
+        """See infer_unary."""
         self._rpcs.watch(context)
-        reply = _Reply(request, request_id(context, request.id[: self._around.settings.limits.max_name_length]))
+        return await infer_unary.infer(self._around, self._targets, request, context)
+
+    async def ModelStreamInfer(self, _: object, context: StreamContext) -> None:  # noqa: N802
+        """See InferStream."""
+        self._rpcs.watch(context)
+        stream = InferStream(self._around, lambda: self._targets, context)
+        self._streams.add(stream)
+        if self._is_ending:
+            stream.end()
         try:
-            response = await self._infer(request, context, reply)
+            await stream.run()
+        finally:
+            self._streams.discard(stream)
+
+
+def _answering(
+    message: type[Question], answer: Callable[[Question], Awaitable[Answer]]
+) -> "grpc.RpcMethodHandler[Any, Any]":
+    """A unary method that answers or raises RouterError."""
+
+    async def handle(request: Question | Unreadable, context: Context) -> Answer:
+        try:
+            if isinstance(request, Unreadable):
+                raise InvalidArgument(f"the request cannot be read as a {message.__name__}")
+            return await answer(request)
         except RouterError as error:
-            return await self._fail(reply, error, context)
+            return await abort(context, to_proto(error))
         except asyncio.CancelledError:
-            self._record(reply, status_of(Cancelled("")).name, "cancelled by the client")
             raise
         except Exception:
-            logger.exception("request %s failed inside the router; this is a bug", reply.request_id)
-            return await self._fail(reply, InternalError(), context)
-        self._record(reply, OK)
-        return response
+            logger.exception("a %s failed inside the router; this is a bug", message.__name__)
+            return await abort(context, to_proto(InternalError()))
 
-    async def _infer(self, request: pb.ModelInferRequest, context: Context, reply: "_Reply") -> pb.ModelInferResponse:
-        """Queue the request's rows and wait for all of them. Raises RouterError."""
-        settings = self._around.settings
-        is_batch_class = tensors.is_batch_class(request.parameters)
-        now = asyncio.get_running_loop().time()
-        asked_s = tensors.timeout_s(request.parameters)
-        tenants = self._around.tenants
-        terms = convert.Terms(
-            now,
-            convert.timeout_s(asked_s, context.time_remaining(), settings),
-            tenants.of_call("", tenants.of_rpc(context)),
-            is_batch_class,
-        )
-        rows = tensors.read(request, self._targets, settings.limits)
-        reply.rows = rows.rows
-        if terms.timeout_s <= 0:
-            raise DeadlineExceeded("the deadline had passed when the request arrived")
-        await self._queue(rows, terms, reply)
-        return tensors.to_response(request, reply.outputs())
-
-    async def _queue(self, rows: tensors.Rows, terms: convert.Terms, reply: "_Reply") -> None:
-        plane = self._around.plane
-        try:
-            call = reply.call = plane.open(reply, rows.rows, terms.timeout_s)
-        except Unavailable:
-            reply.is_refused = True
-            raise
-        try:
-            plane.infer(call, [rows.to_block(terms, call)])
-            await reply.is_complete.wait()
-        finally:
-            call.cancel()
-            reply.call = None  # each knows the other: together they would stay until the garbage is collected
-
-    async def _fail(self, reply: "_Reply", error: RouterError, context: Context) -> pb.ModelInferResponse:
-        self._record(reply, status_of(error).name, error.message)
-        more_metadata = ((REFUSED_KEY, "1"),) if reply.is_refused else ()
-        return await abort(context, to_proto(error), *more_metadata)
-
-    def _record(self, reply: "_Reply", code: str, detail: str = "") -> None:
-        self._around.access.record(
-            METHOD,
-            code,
-            request_id=reply.request_id,
-            rows=reply.rows,
-            started=reply.started,
-            detail=detail[:MAX_DETAIL_CHARACTERS],
-        )
-
-
-class _Reply:
-    """Gathers a request's answers by row."""
-
-    def __init__(self, request: pb.ModelInferRequest, request_id: str) -> None:
-        self.request_id = request_id
-        self.started = time.monotonic()
-        self._wanted = [output.name for output in request.outputs]
-        # State: the request's rows once they are known, and its call; whether the router took no call at all; outputs
-        # by the first of their rows, or the first error; set when nothing more is to come.
-        self.rows = 0
-        self.call: Call | None = None
-        self.is_refused = False
-        self._pieces: dict[int, list[Tensor]] = {}
-        self._error: RouterError | None = None
-        self.is_complete = asyncio.Event()
-
-    def outputs(self) -> list[Tensor]:
-        """Those of all rows, once `is_complete`. Raises RouterError when a row failed."""
-        if self._error is not None:
-            raise self._error
-        return tensors.join(self._pieces)
-
-    def answered(self, part: Part, answer: BatchAnswer, offset: int, *, is_last: bool) -> None:
-        """See Reply."""
-        try:
-            chosen = tensors.choose(answer.outputs, self._wanted)
-        except RouterError as error:
-            self._end(error)
-            return
-        self._pieces[part.first] = [rows_of(tensor, offset, part.rows) for tensor in chosen]
-        if is_last:
-            self.is_complete.set()
-
-    def failed(
-        self,
-        index: int,  # noqa: ARG002 (Reply's signature, as are the next)
-        first_row: int,  # noqa: ARG002
-        rows: int,  # noqa: ARG002
-        error: RouterError,
-        *,
-        is_last: bool,  # noqa: ARG002
-    ) -> None:
-        """See Reply."""
-        self._end(error)
-
-    def closed(self, error: RouterError) -> None:
-        """See Reply."""
-        self._end(error)
-
-    def _end(self, error: RouterError) -> None:
-        """The first row that fails speaks for all; those that still wait go at once, before a slot takes them."""
-        self._error = self._error or error
-        if self.call is not None:
-            self.call.cancel()
-        self.is_complete.set()
+    return grpc.unary_unary_rpc_method_handler(
+        handle, request_deserializer=reader(message), response_serializer=lambda told: told.SerializeToString()
+    )

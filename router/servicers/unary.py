@@ -81,6 +81,11 @@ async def abort(context: Context, error: pb.Error, *more_metadata: tuple[str, st
     raise AssertionError("abort() returned: this is a bug")
 
 
+def seconds_left(context: Context) -> float | None:
+    """Until the RPC's deadline; None without one, which the stubs do not know."""
+    return context.time_remaining()
+
+
 def request_id(context: Context, told: str = "") -> str:
     """The caller's x-request-id, else what its message tells, else a new one."""
     for key, value in context.invocation_metadata() or ():

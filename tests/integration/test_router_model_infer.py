@@ -345,9 +345,10 @@ async def test_bytes_that_are_no_request_are_their_senders_fault() -> None:
 
 
 async def test_methods_that_are_not_there_are_unimplemented() -> None:
-    async with serving_texts() as (_, stub):
+    async with serving() as stack, open_channel(stack.router.address) as channel:
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{SERVICE}/ModelStatistics")
         with pytest.raises(grpc.aio.AioRpcError) as failed:
-            await stub.ServerLive(pb.ServerLiveRequest())
+            await call(b"")
         assert failed.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
