@@ -16,7 +16,8 @@ A draining router still takes calls: its stream is used until it refuses, unless
 are no longer wanted stay until their calls are answered. A stream holds 16,384 open calls; for more, another one is
 opened and kept.
 
-`infer_tensors` goes beside the streams, as an RPC of its own over the connection of one of them: see unary.py.
+`infer_tensors` and the rest of open_inference.py go beside the streams, as RPCs of their own over the connection of one
+of them: see unary.py.
 
 Nothing here awaits on behalf of a single call except its caller, on one future: no task, no timer of the loop and no
 context manager per call.
@@ -34,16 +35,16 @@ from protos.inference_router.v1 import inference_router_pb2 as pb
 from router_client.blocks import Agent, AgentResult, decode, encode, spread
 from router_client.calls import Alarms, Call, Line
 from router_client.errors import RETRY_PUSHBACK_MS, ConnectError, ProtocolError, failure, unavailable
+from router_client.open_inference import OpenInferenceMethods
 from router_client.stream import MAX_CALL_BYTES, Link, Stream
-from router_client.tensors import InferError, Tensor, from_response, to_request
-from router_client.unary import UnaryRequest
+from router_client.tensors import InferError
 
 MIN_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 1.0
 logger = logging.getLogger(__name__)
 
 
-class RouterClient:
+class RouterClient(OpenInferenceMethods):
     """A client of the router at ``target`` (any gRPC target, also ``ipv4:10.0.0.1:50051,10.0.0.2:50051``).
 
     Belongs to one event loop. Connects on entering or with the first call, and stays connected. ``router_wait_s``:
@@ -55,8 +56,8 @@ class RouterClient:
     """
 
     def __init__(self, target: str = "127.0.0.1:50051", *, router_wait_s: float = 2.0) -> None:
+        super().__init__(router_wait_s)
         self._target = target
-        self._router_wait_s = router_wait_s
         self._is_closed = False
         # Streams that a router has accepted, in the order they were opened:
         self._streams: list[Stream] = []
@@ -72,7 +73,6 @@ class RouterClient:
         # Calls that no stream has; the others are the streams'. Ids are never used again.
         self._line = Line()
         self._call_ids = itertools.count(1)
-        self._requests: set[UnaryRequest] = set()  # that are under way beside the streams
         # The calls' alarms, and the loop's timer for the first of them:
         self._alarms = Alarms()
         self._timer: asyncio.TimerHandle | None = None
@@ -211,51 +211,6 @@ class RouterClient:
             )
             results |= {name: decode(outcome, why) for name, outcome, why in spread(answers, names)}
         return {name: results[name] for name in agents}
-
-    async def infer_tensors(
-        self,
-        model_name: str,
-        inputs: Sequence[Tensor],
-        *,
-        outputs: Sequence[str] = (),
-        timeout_s: float | None = None,
-        priority_class: pb.PriorityClass.ValueType = pb.PRIORITY_CLASS_UNSPECIFIED,
-        tenant: str = "",
-        request_id: str = "",
-        agent_type: str = "",
-    ) -> list[Tensor]:
-        """Send rows of any tensors to a model, as one `ModelInfer` beside the stream, and return its outputs.
-
-        Args:
-            model_name: the model.
-            inputs: the same number of rows in each, along its first dimension; together less than 16 MiB.
-            outputs: the names of those to return, in this order; all when empty.
-            timeout_s: seconds from now; the router's default when None.
-            priority_class: how urgent the rows are.
-            tenant: on whose account they count; printable ASCII.
-            request_id: for the router's logs.
-            agent_type: rows of different types never share a batch.
-
-        A cancelled caller leaves no request behind: its RPC is cancelled.
-
-        Raises:
-            InferError: there is no answer for all rows. One failed row fails its request.
-        """
-        if timeout_s is not None and isnan(timeout_s):
-            raise InferError("INVALID_ARGUMENT", "timeout_s is not a number")
-        if not (tenant.isascii() and tenant.isprintable()):
-            raise InferError("INVALID_ARGUMENT", "tenant is not printable ASCII")
-        try:
-            message = to_request(model_name, inputs, outputs, priority_class, request_id, agent_type)
-        except ValueError as exc:
-            raise InferError("INVALID_ARGUMENT", str(exc)) from exc
-        deadline = inf if timeout_s is None else _now() + timeout_s
-        request = UnaryRequest(self, message, tenant=tenant, deadline=deadline, router_wait_s=self._router_wait_s)
-        self._requests.add(request)
-        try:
-            return from_response(await request.send())
-        finally:
-            self._requests.discard(request)
 
     # What a unary request asks of its client (unary.StreamFinder).
 

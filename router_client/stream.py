@@ -18,13 +18,14 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from math import inf
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
+from google.protobuf.message import Message
 from grpc import aio
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from protos.inference_router.v1 import inference_router_pb2_grpc
-from protos.open_inference import open_inference_pb2, open_inference_pb2_grpc
+from protos.open_inference import open_inference_pb2_grpc
 from router_client.calls import Call
 from router_client.errors import ConnectError
 
@@ -71,6 +72,17 @@ CHANNEL_OPTIONS = [
 logger = logging.getLogger(__name__)
 
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response", bound=Message)
+
+
+class Method(Protocol[Request, Response]):
+    """Chooses a method of the Open Inference Protocol, as ``operator.attrgetter("ModelInfer")`` does."""
+
+    def __call__(
+        self, stub: open_inference_pb2_grpc.GRPCInferenceServiceStub, /
+    ) -> "aio.UnaryUnaryMultiCallable[Request, Response]":
+        """Return the method."""
 
 
 class StreamOwner(Protocol):
@@ -112,10 +124,10 @@ class Link:
         return self._stub.PredictStream()
 
     def begin_unary(
-        self, request: open_inference_pb2.ModelInferRequest, timeout_s: float | None, metadata: Metadata
-    ) -> "aio.UnaryUnaryCall[open_inference_pb2.ModelInferRequest, open_inference_pb2.ModelInferResponse]":
+        self, method: Method[Request, Response], request: Request, timeout_s: float | None, metadata: Metadata
+    ) -> "aio.UnaryUnaryCall[Request, Response]":
         """Begin a unary request; leave when it has ended."""
-        call = self._unary_stub.ModelInfer(request, timeout=timeout_s, metadata=metadata)
+        call = method(self._unary_stub)(request, timeout=timeout_s, metadata=metadata)
         self._users += 1
         return call
 

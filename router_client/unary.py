@@ -1,4 +1,4 @@
-"""One request as an RPC of its own, over the connection of a stream. Must not know what its tensors mean.
+"""One request as an RPC of its own, over the connection of a stream. Must not know what it asks for.
 
 Theory of operation. The stream tells whether a router is there, whether it is leaving, and how large a message may be;
 a unary request goes over the link of a stream that takes calls, and waits for one at most ``router_wait_s``. What
@@ -15,25 +15,20 @@ time to wait; one without is gRPC's own, the end of a connection.
 
 import asyncio
 from math import inf
-from typing import Protocol
+from typing import Generic, Protocol
 
 import grpc
 from grpc import aio
 
-from protos.open_inference import open_inference_pb2 as pb
 from router_client.errors import RETRY_PUSHBACK_MS
-from router_client.stream import Stream, is_cancelled
+from router_client.stream import Metadata, Method, Request, Response, Stream, is_cancelled
 from router_client.tensors import InferError
 
 REFUSED_KEY = "inference-router-refused"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
-TENANT_KEY = "x-tenant"
 
-TIMEOUT_PARAMETER = "timeout"
 TIMEOUT_BYTES = 32
-"""What the parameter adds to a message, generously."""
-
-MICROSECONDS = 1_000_000
+"""What the time that is left adds to a message, generously."""
 
 MAX_TIMEOUT_S = 365 * 86_400.0
 """gRPC cannot count for ever."""
@@ -58,26 +53,34 @@ class StreamFinder(Protocol):
         """Take note that a router takes no calls any more, perhaps that of ``stream``."""
 
 
-class UnaryRequest:
+class UnaryRequest(Generic[Request, Response]):
     """One request of one caller; `send` it once. Cancelling that cancels the RPC."""
 
     def __init__(
-        self, finder: StreamFinder, request: pb.ModelInferRequest, *, tenant: str, deadline: float, router_wait_s: float
+        self,
+        finder: StreamFinder,
+        method: Method[Request, Response],
+        request: Request,
+        *,
+        metadata: Metadata = (),
+        deadline: float,
+        router_wait_s: float,
     ) -> None:
         self._finder = finder
+        self._method = method
         self._request = request
         self._size = request.ByteSize() + TIMEOUT_BYTES
-        self._metadata = ((TENANT_KEY, tenant),) if tenant else ()
+        self._metadata = metadata
         self._deadline = deadline  # loop time in seconds
         self._router_wait_s = router_wait_s
         self._loop = asyncio.get_running_loop()
         # The RPC under way; until when a router is waited for; what has come back so far:
-        self._call: aio.UnaryUnaryCall[pb.ModelInferRequest, pb.ModelInferResponse] | None = None
+        self._call: aio.UnaryUnaryCall[Request, Response] | None = None
         self._waits_until = self._loop.time() + router_wait_s
         self._is_refused = False
         self._losses = 0
 
-    async def send(self) -> pb.ModelInferResponse:
+    async def send(self) -> Response:
         """Return the router's answer.
 
         Raises:
@@ -108,12 +111,12 @@ class UnaryRequest:
             raise _unavailable(f"no router took the request in {self._router_wait_s:g} s") from exc
         return stream
 
-    async def _try(self, stream: Stream) -> pb.ModelInferResponse:
+    async def _try(self, stream: Stream) -> Response:
         if self._size > stream.max_message_bytes:
             text = f"a request of {self._size} bytes is over the limit of {stream.max_message_bytes}"
             raise InferError("INVALID_ARGUMENT", text)
         link = stream.link
-        call = self._call = link.begin_unary(self._request, self._stamp(), self._metadata)
+        call = self._call = link.begin_unary(self._method, self._request, self._time_left_s(), self._metadata)
         try:
             return await call
         except asyncio.CancelledError:
@@ -125,15 +128,18 @@ class UnaryRequest:
             call.cancel()  # nothing to do when it has ended; a call that is dropped is not collected
             await link.leave()
 
-    def _stamp(self) -> float | None:
-        """Write the time that is left into the request, and return it in seconds; None for no end."""
+    def _time_left_s(self) -> float | None:
+        """Return the seconds that are left, None for no end, and write them into the request if it holds them."""
         if self._deadline == inf:
             return None
         left_s = min(self._deadline - self._loop.time(), MAX_TIMEOUT_S)
         if left_s <= 0:
             raise InferError("DEADLINE_EXCEEDED", "the timeout was over before the request was sent")
-        self._request.parameters[TIMEOUT_PARAMETER].int64_param = max(int(left_s * MICROSECONDS), 1)
+        self._stamp(left_s)
         return left_s
+
+    def _stamp(self, left_s: float) -> None:
+        """Write the time that is left into the request, where it has a place for it beside gRPC's own."""
 
     def _judge(self, error: aio.AioRpcError, stream: Stream) -> None:
         """Return when the request may be sent again, else raise InferError."""

@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from protos.inference_router.v1 import inference_router_pb2_grpc
 from protos.open_inference import open_inference_pb2
+from tests.open_inference_server import OpenInferenceServer
 
 Script: TypeAlias = Callable[[pb.Call], Iterable[pb.Answer]]
 Context: TypeAlias = "aio.ServicerContext[pb.PredictStreamRequest, pb.PredictStreamResponse]"
@@ -124,10 +125,12 @@ class FakeRouter:
     ``script`` answers every call from the moment it is set; without one, nothing is answered but by the test.
     ``is_draining`` says so first thing on every new stream. ``holds``: nothing is read from new streams until they
     `go_on`, so that a write of more than the transport's window blocks. Streams are accepted while ``accepts`` is set.
+    ``open_inference`` answers the Open Inference Protocol's methods; without it only `ModelInfer` is there (``infer``).
     """
 
-    def __init__(self, script: Script | None = None) -> None:
+    def __init__(self, script: Script | None = None, *, open_inference: OpenInferenceServer | None = None) -> None:
         self.script = script
+        self._open_inference = open_inference
         self.is_draining = False
         self.holds = False
         self.accepts = asyncio.Event()
@@ -160,7 +163,10 @@ class FakeRouter:
         """Listen; again on the same port, if there was one."""
         self._server = aio.server(options=SERVER_OPTIONS)
         inference_router_pb2_grpc.add_InferenceRouterServiceServicer_to_server(_Servicer(self), self._server)
-        self._server.add_generic_rpc_handlers((_infer_handler(self.serve_unary),))
+        if self._open_inference is None:
+            self._server.add_generic_rpc_handlers((_infer_handler(self.serve_unary),))
+        else:
+            self._open_inference.add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         self._port = self._server.add_insecure_port(self.target)
         await self._server.start()

@@ -88,10 +88,14 @@ class OpenInferenceServer:
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
     _server: grpc.aio.Server | None = None
 
-    async def __aenter__(self) -> Self:
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Serve on a server that others have made."""
         self.may_answer.set()
+        pb_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(self), server)
+
+    async def __aenter__(self) -> Self:
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-        pb_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(self), self._server)
+        self.add_to(self._server)
         if self.credentials is None:
             port = self._server.add_insecure_port(self.listen)
         else:
