@@ -1,8 +1,8 @@
-"""tritonclient, gRPC aio stream."""
+"""tritonclient.grpc.aio's stream, one per request."""
 
 import pytest
 
-from tests.interop.cases import FaultCases, InferCases, ServerCases
+from tests.interop.cases import FaultCases, InferCases
 
 pytestmark = pytest.mark.anyio
 
@@ -15,8 +15,4 @@ class TestInfer(InferCases):
 
 
 class TestFaults(FaultCases):
-    pass
-
-
-class TestServer(ServerCases):
     pass
