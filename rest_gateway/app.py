@@ -48,11 +48,14 @@ from rest_gateway.routes.access import ASSETS, AccessMiddleware
 from rest_gateway.routes.health import HealthRoutes
 from rest_gateway.routes.jobs import JobRoutes
 from rest_gateway.routes.lifetime import OpenRequests
+from rest_gateway.routes.open_inference import OpenInferenceRoutes
 from rest_gateway.routes.predict import PredictRoute
-from rest_gateway.routes.router import Router
+from rest_gateway.routes.router import OpenInferenceRouter, Router
 from rest_gateway.routes.submission import Submission
 from rest_gateway.schemas.openapi import PREDICT_BODY, component_schemas
 from rest_gateway.schemas.openapi_jobs import JOB_OPERATIONS, SCHEMAS, predict_responses
+from rest_gateway.schemas.openapi_open_inference import OPERATIONS
+from rest_gateway.schemas.openapi_open_inference import SCHEMAS as OPEN_INFERENCE_SCHEMAS
 from router_client import RouterClient
 
 logger = logging.getLogger(__name__)
@@ -75,7 +78,7 @@ MAX_HEAD_BYTES = 64 * 1024
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
-class GatewayRouter(Router, Models, Interface):
+class GatewayRouter(Router, OpenInferenceRouter, Models, Interface):
     """What waiting requests and jobs need of `router_client.RouterClient`."""
 
 
@@ -83,7 +86,7 @@ class GatewayRouter(Router, Models, Interface):
 class Parts:
     """What one process shares among all requests; the router and the store stay their owner's."""
 
-    router: Router
+    router: GatewayRouter
     jobs: Jobs
     metrics: Metrics
     open_requests: OpenRequests
@@ -123,17 +126,19 @@ def create_app(parts: Parts, settings: Settings) -> FastAPI:
     problems.add_handlers(app)
     predict = PredictRoute(parts.router, settings, metrics, open_requests, Submission(parts.jobs, settings))
     predict.add_to(app)
+    open_inference = OpenInferenceRoutes(parts.router, settings, open_requests)
     build_fastapis_layers = app.build_middleware_stack
 
     def build_layers() -> ASGIApp:
         """The way in: the access layer, then errors become problems, then FastAPI where it is not passed by."""
-        inner = ExceptionMiddleware(predict.pass_by(build_fastapis_layers()), handlers=app.exception_handlers)
+        routes = predict.pass_by(open_inference.pass_by(build_fastapis_layers()))
+        inner = ExceptionMiddleware(routes, handlers=app.exception_handlers)
         return AccessMiddleware(inner, settings=settings, metrics=metrics, open_requests=open_requests)
 
     app.build_middleware_stack = build_layers  # type: ignore[method-assign]  # Starlette calls it at the first request
     JobRoutes(parts.jobs, settings, open_requests).add_to(app)
     HealthRoutes(parts.router, parts.jobs, metrics, open_requests).add_to(app)
-    _document(app, predict.document())
+    _document(app, predict.document(), *open_inference.document())
     return app
 
 
@@ -143,11 +148,13 @@ def _document(app: FastAPI, *documented: APIRoute) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, routes=[*documented, *app.routes])
-            document.setdefault("components", {}).setdefault("schemas", {}).update(component_schemas(*SCHEMAS))
+            document.setdefault("components", {}).setdefault("schemas", {}).update(
+                component_schemas(*SCHEMAS, *OPEN_INFERENCE_SCHEMAS)
+            )
             # As they stand: FastAPI drops every null, also those of the examples.
             paths = document["paths"]
             paths["/predict"]["post"] |= {"requestBody": PREDICT_BODY, "responses": predict_responses()}
-            for (method, path), operation in JOB_OPERATIONS.items():
+            for (method, path), operation in (*JOB_OPERATIONS.items(), *OPERATIONS.items()):
                 responses = {str(status): answer for status, answer in sorted(operation.responses.items())}
                 paths[path][method.lower()]["responses"] = responses
             app.openapi_schema = document

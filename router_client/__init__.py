@@ -7,7 +7,7 @@ async with RouterClient("127.0.0.1:50051") as client:
 
 from router_client.blocks import Agent, AgentError, AgentResult, Explanation, Roster, Row, group, pack, spread
 from router_client.client import RouterClient
-from router_client.tensors import InferError, Tensor, bytes_tensor, read_bytes
+from router_client.tensors import InferError, Tensor, bytes_tensor, from_response, read_bytes
 
 __all__ = [
     "Agent",
@@ -20,6 +20,7 @@ __all__ = [
     "Row",
     "Tensor",
     "bytes_tensor",
+    "from_response",
     "group",
     "pack",
     "read_bytes",

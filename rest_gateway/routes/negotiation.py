@@ -1,6 +1,7 @@
 """What the headers and the body's bytes decide before any JSON is looked at."""
 
 import re
+import zlib
 from typing import Literal
 
 from starlette.datastructures import Headers
@@ -12,6 +13,7 @@ from rest_gateway.errors import (
     ClientGoneError,
     InvalidRequestError,
     NotAcceptableError,
+    NotJsonError,
     UnsupportedMediaError,
 )
 
@@ -23,6 +25,9 @@ MEDIA_TYPES: dict[Form, str] = {
     "sse": "text/event-stream",
     "ndjson": "application/x-ndjson",
 }
+# zlib tells the two apart itself.
+_COMPRESSED = frozenset({"gzip", "x-gzip", "deflate"})
+_GZIP_OR_ZLIB = zlib.MAX_WBITS | 32
 _JSON_TYPE = re.compile(r"application/(json|[\w.+-]+\+json)", re.IGNORECASE)
 
 
@@ -70,12 +75,39 @@ def _quality(media_type: str, ranges: list[tuple[str, float]]) -> tuple[float, i
 
 def check_content(headers: Headers) -> None:
     """Refuses encoded bodies and bodies that say they are not JSON. No Content-Type at all is taken for JSON."""
-    encoding = headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
+    if _encoding_of(headers):
         raise UnsupportedMediaError("a Content-Encoding is not supported; send the JSON as it is")
     content_type = headers.get("content-type", "application/json").partition(";")[0].strip()
     if not _JSON_TYPE.fullmatch(content_type):
         raise UnsupportedMediaError("the Content-Type must be application/json")
+
+
+def _encoding_of(headers: Headers) -> str:
+    """ "" where the body is as it is."""
+    encoding = headers.get("content-encoding", "").strip().lower()
+    return "" if encoding == "identity" else encoding
+
+
+def decode_content(headers: Headers, body: bytes, max_bytes: int) -> bytes:
+    """The body without its Content-Encoding, gzip or deflate; what it unpacks to has the same limit.
+
+    Raises UnsupportedMediaError for another one, NotJsonError for bytes that are not so encoded, and BodyTooLargeError.
+    """
+    encoding = _encoding_of(headers)
+    if not encoding:
+        return body
+    if encoding not in _COMPRESSED:
+        raise UnsupportedMediaError("a Content-Encoding other than gzip and deflate is not supported")
+    unpacker = zlib.decompressobj(_GZIP_OR_ZLIB)
+    try:
+        unpacked = unpacker.decompress(body, max_bytes + 1)
+    except zlib.error as exc:
+        raise NotJsonError(f"the body is not {encoding}: {exc}") from exc
+    if len(unpacked) > max_bytes:
+        raise _too_large(max_bytes)
+    if not unpacker.eof or unpacker.unused_data:
+        raise NotJsonError(f"the body is not {encoding}: it is cut off, or more follows")
+    return unpacked
 
 
 def tenant_of(headers: Headers, settings: Settings) -> str:

@@ -70,15 +70,21 @@ def problem(
     retry_after_s: float | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """A problem document. 429 and 503 always carry Retry-After: whole seconds, rounded up, 1 if nobody named a time."""
-    document = {
+    """A problem document. 429 and 503 always carry Retry-After: whole seconds, rounded up, 1 if nobody named a time.
+
+    Below /v2 it has a member `error` as well, the only one that clients of the Open Inference Protocol read.
+    """
+    path = raw_path(scope)
+    document: dict[str, object] = {
         "type": "about:blank",
         "title": _TITLES.get(status) or HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
-        "instance": _raw_path(scope),
+        "instance": path,
         "request_id": record_of(scope).request_id,
     }
+    if is_open_inference(path):
+        document["error"] = detail
     if agent_errors is not None:
         document["errors"] = agent_errors
     all_headers = dict(headers or {})
@@ -87,9 +93,15 @@ def problem(
     return Response(json_text.dump(document), status, all_headers, media_type="application/problem+json")
 
 
-def _raw_path(scope: Scope) -> str:
-    raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
-    return raw_path.partition(b"?")[0].decode("ascii", "replace")
+def raw_path(scope: Scope) -> str:
+    """The path as the client wrote it, percent-encoded."""
+    path: bytes = scope.get("raw_path") or scope["path"].encode()
+    return path.partition(b"?")[0].decode("ascii", "replace")
+
+
+def is_open_inference(path: str) -> bool:
+    """Whether the path is the Open Inference Protocol's."""
+    return path.startswith("/v2/") or path == "/v2"
 
 
 def known_code(code: str) -> str:
@@ -97,7 +109,7 @@ def known_code(code: str) -> str:
     return code if code in STATUS_OF_CODE else "UNKNOWN"
 
 
-def agent_error(fault: Fault, internal_detail: str = INTERNAL_DETAIL) -> dict[str, object]:
+def agent_error(fault: Fault, internal_detail: str = INTERNAL_DETAIL) -> dict[str, Any]:
     """One entry of `errors`. The text of an INTERNAL is not the client's business: see `log_internal`."""
     code = known_code(fault.code)
     status = STATUS_OF_CODE[code]
@@ -107,6 +119,24 @@ def agent_error(fault: Fault, internal_detail: str = INTERNAL_DETAIL) -> dict[st
         "detail": internal_detail if status == 500 else fault.detail,
         "retry_after_s": fault.retry_after_s,
     }
+
+
+def fault_problem(scope: Scope, fault: Fault) -> Response:
+    """The problem of a request that is one question, and failed."""
+    error = agent_error(fault)
+    log_internal(scope, [fault])
+    return problem(scope, error["status"], error["detail"], retry_after_s=fault.retry_after_s)
+
+
+def method_problem(scope: Scope, methods: Iterable[str]) -> Response:
+    """405, with the methods that the route has."""
+    allowed = ", ".join(methods)
+    return problem(scope, 405, f"this route answers {allowed}", headers={"Allow": allowed})
+
+
+def no_route_problem(scope: Scope) -> Response:
+    """404 for a path that leads nowhere."""
+    return problem(scope, 404, "there is no such route")
 
 
 def log_internal(scope: Scope, faults: Iterable[Fault]) -> None:
@@ -174,10 +204,10 @@ async def _store_error(request: Request, exc: StoreError) -> Response:
 async def _http_exception(request: Request, exc: HTTPException) -> Response:
     """Starlette's own: no route (404), no such method (405)."""
     if exc.status_code == 405:
-        allowed = ", ".join(_allowed_methods(request))
-        return problem(request.scope, 405, f"this route answers {allowed}", headers={"Allow": allowed})
-    detail = "there is no such route" if exc.status_code == 404 else exc.detail
-    return problem(request.scope, exc.status_code, detail, headers=exc.headers)
+        return method_problem(request.scope, _allowed_methods(request))
+    if exc.status_code == 404:
+        return no_route_problem(request.scope)
+    return problem(request.scope, exc.status_code, exc.detail, headers=exc.headers)
 
 
 def _allowed_methods(request: Request) -> list[str]:

@@ -12,16 +12,19 @@ double (1e400) and lone surrogates (backslash-u d800). The second reading keeps 
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable
 from math import isfinite
 from typing import NoReturn
 
 import orjson
 
-from rest_gateway.errors import NotJsonError
+from rest_gateway.errors import InvalidRequestError, NotJsonError
 
 # Stands for every number that no double holds, its sign aside: a float like any other, and none that a float32 or a
 # timeout may be.
 BEYOND_DOUBLE = sys.float_info.max
+# Of a body that is read by the standard library, strictly; what it is to be has at most a few thousand.
+MAX_STRICT_OBJECTS = 10_000
 
 
 class JsonObject(dict[str, object]):
@@ -43,6 +46,28 @@ def _read_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def repeated_keys(value: object) -> list[str]:
     """The keys that stood more than once in an object from `load`."""
     return value.repeated if isinstance(value, JsonObject) else []
+
+
+_KINDS = {
+    dict: "an object",
+    JsonObject: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "a boolean",
+    type(None): "null",
+    int: "a number",
+    float: "a number",
+}
+
+
+def kind_of(value: object) -> str:
+    """What a value of a document is, for a message."""
+    return _KINDS[type(value)]
+
+
+def quote(name: str) -> str:
+    """The name as an ASCII JSON string of at most about a hundred characters, fit for a message."""
+    return json.dumps(name if len(name) <= 100 else name[:100] + "…")
 
 
 def load(body: bytes) -> object:
@@ -77,15 +102,54 @@ def _colons_in_strings(agents: dict[str, object], objects: list[dict[str, object
     return sum(text.count(":") for text in (*agents, *values))
 
 
-def _load_slowly(body: bytes, refusal: orjson.JSONDecodeError | None) -> object:
+def load_strictly(body: bytes, objects_in: Callable[[object], Iterable[object]]) -> object:
+    """As `load`, where no object may have a key twice; numbers beyond a double become infinite.
+
+    `objects_in` names the objects of a document that is as it should be (other values among them do no harm): when they
+    have all the text's colons, no key was repeated. Raises NotJsonError and InvalidRequestError.
+    """
+    refusal = None
     try:
-        return _decoder.decode(body.decode())
+        document: object = orjson.loads(body)
+        pairs = sum([len(value) for value in objects_in(document) if isinstance(value, dict)])
+        if pairs == body.count(b":"):
+            return document
+    except orjson.JSONDecodeError as exc:
+        refusal = exc
+    decoder = json.JSONDecoder(object_pairs_hook=_StrictObjects(), parse_constant=_refuse_constant)
+    return _load_slowly(body, refusal, decoder)
+
+
+class _StrictObjects:
+    """Makes objects whose keys differ, and not too many of them: each takes a microsecond, and others wait."""
+
+    def __init__(self) -> None:
+        self._left = MAX_STRICT_OBJECTS
+
+    def __call__(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
+        self._left -= 1
+        if self._left < 0:
+            raise InvalidRequestError(f"the body has more than {MAX_STRICT_OBJECTS:,} objects")
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise InvalidRequestError(f"an object has {quote(key)} more than once")
+        return found
+
+
+def _load_slowly(
+    body: bytes, refusal: orjson.JSONDecodeError | None, decoder: json.JSONDecoder | None = None
+) -> object:
+    try:
+        return (decoder or _decoder).decode(body.decode())
     except UnicodeDecodeError as exc:
         raise NotJsonError("the body is not JSON: it is not UTF-8") from exc
     except RecursionError as exc:
         raise NotJsonError("the body is nested too deeply") from exc
     except json.JSONDecodeError as exc:
         raise NotJsonError(f"the body is not JSON: {refusal or exc}") from exc
+    except ValueError as exc:  # Python's own limit
+        raise NotJsonError("the body has a number of thousands of digits") from exc
 
 
 def _read_int(text: str) -> float:

@@ -97,6 +97,7 @@ class Problem(BaseModel):
     instance: str
     request_id: str = Field(description="The X-Request-Id of the answer, to be found in the logs.")
     errors: dict[str, AgentError] | None = Field(None, description="Present when all agents failed, by name.")
+    error: str | None = Field(None, description="Present below /v2: the same as `detail`.")
 
 
 def component_schemas(*more: type[BaseModel]) -> JsonObject:

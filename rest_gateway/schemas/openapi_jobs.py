@@ -116,7 +116,8 @@ def _answer(description: str, model: type[BaseModel], **examples: JsonObject) ->
     return {"description": description, "content": {"application/json": content}}
 
 
-def _parameter(place: str, name: str, description: str, *, example: object = None, **schema: object) -> JsonObject:
+def parameter(place: str, name: str, description: str, *, example: object = None, **schema: object) -> JsonObject:
+    """One parameter of a route."""
     parameter: JsonObject = {
         "in": place,
         "name": name,
@@ -127,29 +128,29 @@ def _parameter(place: str, name: str, description: str, *, example: object = Non
     return parameter if example is None else parameter | {"example": example}
 
 
-_JOB_ID = _parameter("path", "job_id", "Of the answer that made the job.", format="uuid")
-_WAIT = _parameter("header", "Prefer", "`wait=10` waits up to 10 s (at most 60) for the job's end.")
-_TENANT = _parameter(
+_JOB_ID = parameter("path", "job_id", "Of the answer that made the job.", format="uuid")
+_WAIT = parameter("header", "Prefer", "`wait=10` waits up to 10 s (at most 60) for the job's end.")
+TENANT = parameter(
     "header",
     "X-Tenant",
     "On whose account the request is, printable ASCII. Ignored unless the gateway trusts its clients to say so.",
     maxLength=256,
 )
 PREDICT_PARAMETERS: list[JsonObject] = [
-    _parameter(
+    parameter(
         "header",
         "Prefer",
         "`respond-async`: agents are answered 202 with a job. `wait=10` (at most 60): whoever gets a job waits up to "
         "10 s for its end. What was honoured stands in `Preference-Applied`.",
     ),
-    _parameter(
+    parameter(
         "header",
         "Idempotency-Key",
         "Makes it safe to repeat a request that makes a job: the same key with the same body finds the same job, as "
         "long as the job is kept. Quoted or bare, at most 255 characters.",
         maxLength=257,
     ),
-    _TENANT,
+    TENANT,
 ]
 
 _UNAVAILABLE = problem_answer(
@@ -169,11 +170,12 @@ def _conflict(description: str, detail: str) -> JsonObject:
 
 @dataclass(frozen=True)
 class Operation:
-    """One route of jobs, for the document."""
+    """One route, for the document."""
 
     summary: str
     responses: dict[int, JsonObject]
     parameters: list[JsonObject] = field(default_factory=list)
+    body: JsonObject | None = None
 
     @property
     def status(self) -> int:
@@ -196,11 +198,11 @@ JOB_OPERATIONS: dict[tuple[str, str], Operation] = {
             503: _UNAVAILABLE,
         },
         [
-            _parameter("query", "limit", "Jobs of a page.", type="integer", minimum=1, maximum=200, default=50),
-            _parameter("query", "cursor", "`next_cursor` of the page before."),
-            _parameter("query", "status", "Only these.", enum=[*StatusOut.__args__]),  # type: ignore[attr-defined]
-            _parameter("query", "kind", "Only these.", enum=["text", "agents"]),
-            _TENANT,
+            parameter("query", "limit", "Jobs of a page.", type="integer", minimum=1, maximum=200, default=50),
+            parameter("query", "cursor", "`next_cursor` of the page before."),
+            parameter("query", "status", "Only these.", enum=[*StatusOut.__args__]),  # type: ignore[attr-defined]
+            parameter("query", "kind", "Only these.", enum=["text", "agents"]),
+            TENANT,
         ],
     ),
     ("GET", "/jobs/{job_id}"): Operation(
@@ -217,7 +219,7 @@ JOB_OPERATIONS: dict[tuple[str, str], Operation] = {
             202: _answer("With `Prefer: wait`: it has not ended within that time.", JobOut, processing=PROCESSING),
             **_COMMON,
         },
-        [_JOB_ID, _WAIT, _TENANT],
+        [_JOB_ID, _WAIT, TENANT],
     ),
     ("DELETE", "/jobs/{job_id}"): Operation(
         "Delete a job that has ended",
@@ -226,7 +228,7 @@ JOB_OPERATIONS: dict[tuple[str, str], Operation] = {
             409: _conflict("It has not ended; cancel it first.", "the job is processing"),
             **_COMMON,
         },
-        [_JOB_ID, _TENANT],
+        [_JOB_ID, TENANT],
     ),
     ("POST", "/jobs/{job_id}/cancel"): Operation(
         "Cancel a job",
@@ -235,7 +237,7 @@ JOB_OPERATIONS: dict[tuple[str, str], Operation] = {
             409: _conflict("It has ended otherwise.", "the job is completed"),
             **_COMMON,
         },
-        [_JOB_ID, _TENANT],
+        [_JOB_ID, TENANT],
     ),
     ("GET", "/jobs/{job_id}/events"): Operation(
         "Follow a job",
@@ -248,7 +250,7 @@ JOB_OPERATIONS: dict[tuple[str, str], Operation] = {
             204: {"description": "`Last-Event-ID` is the job's last version: nothing follows."},
             **_COMMON,
         },
-        [_JOB_ID, _parameter("header", "Last-Event-ID", "The last `id` that the client has seen."), _TENANT],
+        [_JOB_ID, parameter("header", "Last-Event-ID", "The last `id` that the client has seen."), TENANT],
     ),
 }
 

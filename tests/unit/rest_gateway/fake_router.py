@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
+from protos.open_inference import open_inference_pb2 as oip
 from router_client import InferError, Tensor, bytes_tensor
 
 Script = Callable[[Sequence[pb.Block]], list[pb.Answer]]
 TensorScript = Callable[[str, Sequence[Tensor]], list[Tensor]]
+InferScript = Callable[[oip.ModelInferRequest], oip.ModelInferResponse]
 
 
 def sum_answers(blocks: Sequence[pb.Block]) -> list[pb.Answer]:
@@ -65,6 +67,28 @@ def tensor_failure(code: str, message: str = "no", retry_pushback_ms: int | None
     return script
 
 
+def echo(request: oip.ModelInferRequest) -> oip.ModelInferResponse:
+    """The inputs are the outputs; only those that are asked for, in that order."""
+    response = oip.ModelInferResponse(model_name=request.model_name, model_version=request.model_version, id=request.id)
+    inputs = {
+        tensor.name: (tensor, raw) for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
+    }
+    for name in [output.name for output in request.outputs] or list(inputs):
+        tensor, raw = inputs[name]
+        response.outputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
+        response.raw_output_contents.append(raw)
+    return response
+
+
+def infer_failure(code: str, message: str = "no", retry_pushback_ms: int | None = None) -> InferScript:
+    """A script that fails each request of the Open Inference Protocol."""
+
+    def script(_request: oip.ModelInferRequest) -> oip.ModelInferResponse:
+        raise InferError(code, message, retry_pushback_ms)
+
+    return script
+
+
 @dataclass
 class FakeRouter:
     """`gate` closed: calls hang, in `stream` before each answer, until `release` is called."""
@@ -75,6 +99,11 @@ class FakeRouter:
     calls: list[tuple[list[pb.Block], dict[str, object]]] = field(default_factory=list)
     tensors: TensorScript = all_positive
     tensor_calls: list[tuple[str, list[Tensor], dict[str, object]]] = field(default_factory=list)
+    open_inference: InferScript = echo
+    infer_calls: list[tuple[oip.ModelInferRequest, dict[str, object]]] = field(default_factory=list)
+    # What is asked of models, in order; what is answered (an InferError is raised).
+    questions: list[tuple[str, ...]] = field(default_factory=list)
+    answers: dict[str, object] = field(default_factory=dict)
     gate: asyncio.Semaphore | None = None
     entered: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -96,6 +125,49 @@ class FakeRouter:
         self.tensor_calls.append((model_name, list(inputs), options))
         await self._pass_gate()
         return self.tensors(model_name, inputs)
+
+    async def model_infer(self, request: oip.ModelInferRequest, **options: object) -> oip.ModelInferResponse:
+        self.infer_calls.append((request, options))
+        await self._pass_gate()
+        return self.open_inference(request)
+
+    async def server_ready(self, **_: object) -> bool:
+        return bool(await self._answer("server_ready", default=True))
+
+    async def server_metadata(self, **_: object) -> oip.ServerMetadataResponse:
+        told = oip.ServerMetadataResponse(name="fake", version="7", extensions=["binary_tensor_data"])
+        answer = await self._answer("server_metadata", default=told)
+        assert isinstance(answer, oip.ServerMetadataResponse)
+        return answer
+
+    async def model_ready(self, name: str, version: str = "", **_: object) -> bool:
+        return bool(await self._answer("model_ready", name, version, default=True))
+
+    async def model_metadata(self, name: str, version: str = "", **_: object) -> oip.ModelMetadataResponse:
+        default = oip.ModelMetadataResponse(name=name, versions=["1"], platform="test")
+        answer = await self._answer("model_metadata", name, version, default=default)
+        assert isinstance(answer, oip.ModelMetadataResponse)
+        return answer
+
+    async def model_config(self, name: str, version: str = "", **_: object) -> oip.ModelConfig:
+        answer = await self._answer("model_config", name, version, default=oip.ModelConfig(name=name))
+        assert isinstance(answer, oip.ModelConfig)
+        return answer
+
+    async def repository_index(self, *, is_ready: bool = False, **_: object) -> oip.RepositoryIndexResponse:
+        entry = oip.RepositoryIndexResponse.ModelIndex(name="m", state="READY")
+        default = oip.RepositoryIndexResponse(models=[entry])
+        answer = await self._answer("repository_index", str(is_ready), default=default)
+        assert isinstance(answer, oip.RepositoryIndexResponse)
+        return answer
+
+    async def _answer(self, *question: str, default: object) -> object:
+        self.questions.append(question)
+        await self._pass_gate()
+        answer = self.answers.get(question[0], default)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     async def stream(self, blocks: Sequence[pb.Block], **options: object) -> AsyncGenerator[pb.Answer, None]:
         self.calls.append((list(blocks), options))

@@ -14,7 +14,7 @@ from mock_nn.models import expected
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from rest_gateway.app import Parts, create_app, make_parts
 from rest_gateway.config import Settings
-from rest_gateway.schemas import openapi, openapi_jobs
+from rest_gateway.schemas import openapi, openapi_jobs, openapi_open_inference
 from tests.unit.rest_gateway.fake_router import FakeRouter, failing, failing_by_model, sum_answers
 from tests.unit.rest_gateway.jobs.fake_store import FakeStore
 
@@ -455,11 +455,12 @@ async def test_the_example_of_every_problem_is_a_problem() -> None:
 async def test_the_api_document_has_all_answers_and_no_dangling_reference() -> None:
     async with client_of(FakeRouter()) as client:
         document = (await client.get("/openapi.json")).json()
-    jobs = {path for _, path in openapi_jobs.JOB_OPERATIONS}
-    assert set(document["paths"]) == {"/predict", "/healthz", "/readyz", "/metrics"} | jobs
+    more = {path for _, path in (*openapi_jobs.JOB_OPERATIONS, *openapi_open_inference.OPERATIONS)}
+    assert set(document["paths"]) == {"/predict", "/healthz", "/readyz", "/metrics"} | more
     assert set(document["paths"]["/predict"]["post"]["responses"]) == {
         str(status) for status in [*openapi.PREDICT_RESPONSES, 202]
     }
     references = {part.split('"')[0] for part in json.dumps(document).split('"#/components/schemas/')[1:]}
     assert references <= set(document["components"]["schemas"])
     assert {"PredictRequest", "PredictResponse", "Problem", "JobReceipt", "JobOut", "JobPage"} <= references
+    assert {"InferRequest", "InferResponse", "ModelMetadata", "ModelEntry"} <= references
