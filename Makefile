@@ -17,7 +17,8 @@ GHZ := .tools/ghz-$(GHZ_VERSION)
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-mlserver venv-triton install run test interop soak grid bench load-rest load-grpc check format protos lock clean
+.PHONY: help venv venv-mlserver venv-triton install run test interop soak grid bench bench-mlserver example-digits \
+	load-rest load-grpc check format protos lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +52,16 @@ grid: $(VENV) ## the release against a plain one over 528 kinds of model and tra
 
 bench: $(VENV) ## measure speed, about nine minutes; BENCH_ARGS="--quick" for one and a half
 	@$(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-mlserver: $(VENV) $(MLSERVER_VENV) ## measure MLServer behind the router beside its own batching, about two minutes; BENCH_ARGS="--quick"
+	@$(BIN)/python -m bench.mlserver $(BENCH_ARGS)
+
+example-digits: $(VENV) var/digits/test.npz ## a real network at MLServer, asked through router and gateway: is every answer right?
+	@$(BIN)/python -m examples.digits
+
+var/digits/test.npz: examples/digits/train.py examples/digits/repository/digits/model-settings.json $(MLSERVER_VENV)
+	@echo "training the network of examples/digits"
+	@.venv-mlserver/bin/python examples/digits/train.py var/digits
 
 load-rest: $(VENV) $(LOAD_VENV) ## put load on REST with locust, 20 s; LOAD_ARGS="--users 200", LOAD_HOST to aim elsewhere
 	@$(BIN)/python -m tools.load rest $(LOAD_ARGS)

@@ -46,7 +46,7 @@ def total(requests):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
 
 def stepwise(requests) -> Iterator[list[Arrays]]:  # type: ignore[no-untyped-def]  # noqa: ANN001
     for _ in range(3):
-        yield [dict(request.data) for request in requests]
+        yield [{"y": request.data["x"]} for request in requests]
 
 
 def fp32(name: str, *shape: int) -> Tensor:
@@ -68,7 +68,7 @@ MODELS: dict[str, Spec] = {
         ModelConfig(max_batch_size=8),
     ),
     "total": (total, [fp32("matrix", -1, 3)], [fp32("total", 1)], ModelConfig(batching=False)),
-    "stepwise": (stepwise, [fp32("x", 1)], [fp32("x", 1)], ModelConfig(batching=False, decoupled=True)),
+    "stepwise": (stepwise, [fp32("x", 1)], [fp32("y", 1)], ModelConfig(batching=False, decoupled=True)),
 }
 
 
