@@ -6,11 +6,15 @@ others.
 """
 
 import math
-from collections.abc import Container, Hashable, Iterable, Iterator
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+from router.core.elements import LENGTH
 from router.core.types import BYTES, ITEM_SIZE, Batch, Outputs, Part, Tensor
-from router.errors import Malformed
+from router.errors import Malformed, Refused
+
+# BYTES elements of an answer: each takes 0.1-0.2 µs to pass, and everybody waits meanwhile (64 MiB of them: 2 s).
+MAX_ELEMENTS = 262_144
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -39,6 +43,19 @@ def _rows_of(part: Part, number: int) -> bytes | memoryview:
     if part.rows == part.block.rows:
         return part.block.inputs[number]
     return part.block.slice(number, part.first, part.rows)
+
+
+def wanted_outputs(batch: Batch) -> tuple[str, ...]:
+    """The names of all outputs that somebody wants, sorted; none when somebody wants all.
+
+    Of native rows, and where nobody names outputs, the first part tells.
+    """
+    names: set[str] = set()
+    for part in batch.parts:
+        if not part.block.outputs:
+            return ()
+        names.update(part.block.outputs)
+    return tuple(sorted(names))
 
 
 def split(batch: Batch) -> Iterator[tuple[Part, int]]:
@@ -90,24 +107,35 @@ def check(outputs: Outputs, rows: int) -> None:
 
     Raises:
         Malformed: no output, a leading dimension other than `rows`, or bytes that do not fit shape and datatype.
+        Refused: too many BYTES elements to be scanned at once; with fewer rows there may be less.
     """
     if not outputs:
         raise Malformed("the backend answered without any output")
     for tensor in outputs:
         _check_tensor(tensor, rows)
+    texts = [tensor for tensor in outputs if tensor.datatype == BYTES]
+    if texts:
+        _check_texts(texts)
 
 
 def _check_tensor(tensor: Tensor, rows: int) -> None:
     if not tensor.shape or tensor.shape[0] != rows:
-        raise Malformed(f"output {tensor.name!r} has shape {list(tensor.shape)} for a batch of {rows} rows")
+        found = f"output {tensor.name!r} has shape {list(tensor.shape)} for a batch of {rows} rows"
+        raise Malformed(f"{found}; if the model takes no batches, set batching: off")
     if (tensor.datatype != BYTES and tensor.datatype not in ITEM_SIZE) or min(tensor.shape) < 0:
         raise Malformed(f"output {tensor.name!r} has datatype {tensor.datatype!r}, shape {list(tensor.shape)}")
-    if tensor.datatype == BYTES:
-        _check_elements(tensor)
-        return
-    if len(tensor.data) != math.prod(tensor.shape) * ITEM_SIZE[tensor.datatype]:
+    if tensor.datatype != BYTES and len(tensor.data) != math.prod(tensor.shape) * ITEM_SIZE[tensor.datatype]:
         expected = f"{tensor.datatype}{list(tensor.shape)}"
         raise Malformed(f"output {tensor.name!r} has {len(tensor.data)} bytes, which is not {expected}")
+
+
+def _check_texts(texts: Sequence[Tensor]) -> None:
+    elements = sum(min(math.prod(tensor.shape), len(tensor.data) // LENGTH.size) for tensor in texts)
+    if elements > MAX_ELEMENTS:
+        found = f"the answer has {elements} BYTES elements, at most {MAX_ELEMENTS} are read at once"
+        raise Refused(f"{found}; a smaller max_batch_size makes them fewer")
+    for tensor in texts:
+        _check_elements(tensor)
 
 
 def _check_elements(tensor: Tensor) -> None:

@@ -11,7 +11,7 @@ import grpc.aio
 
 from protos.open_inference import open_inference_pb2 as pb
 from router.core.answer import ROW_ERRORS, model_text, read_answer
-from router.core.batch import merge
+from router.core.batch import merge, wanted_outputs
 from router.core.contents import FIELDS, MAX_TYPED, MAX_TYPED_TEXTS, to_raw
 from router.core.types import Batch, BatchAnswer, Outputs, ParameterValue, Tensor
 from router.errors import (
@@ -46,13 +46,17 @@ _REFUSALS: dict[grpc.StatusCode, tuple[type[RouterError], Blame]] = {
 
 
 def to_request(batch: Batch) -> pb.ModelInferRequest:
-    """The batch as one OIP request with raw contents."""
+    """The batch as one OIP request with raw contents; where the model takes no batches, its only row as it stands."""
     key = batch.key
+    assert key.is_batched or batch.rows == 1, "a batch for a model that takes none: this is a bug"
     request = pb.ModelInferRequest(
         model_name=key.model_name, model_version=key.model_version, id=batch.id, raw_input_contents=merge(batch)
     )
+    rows = (batch.rows,) if key.is_batched else ()
     for spec in key.inputs:
-        request.inputs.add(name=spec.name, datatype=spec.datatype, shape=(batch.rows, *spec.row_shape))
+        request.inputs.add(name=spec.name, datatype=spec.datatype, shape=(*rows, *spec.row_shape))
+    for name in wanted_outputs(batch):
+        request.outputs.add(name=name)
     for name, value in key.parameters:
         _set_parameter(request.parameters[name], value)
     return request
@@ -77,7 +81,7 @@ def to_answer(
     """The checked answer. Raises Malformed."""
     return read_answer(
         batch,
-        to_outputs(response),
+        to_outputs(response, is_batched=batch.key.is_batched),
         row_errors=response.parameters[ROW_ERRORS].string_param if ROW_ERRORS in response.parameters else None,
         replica=address,
         dispatched_at=dispatched_at,
@@ -85,13 +89,17 @@ def to_answer(
     )
 
 
-def to_outputs(response: pb.ModelInferResponse) -> Outputs:
-    """The answer's tensors. Raises Malformed when they are neither all raw nor all typed, and well so."""
+def to_outputs(response: pb.ModelInferResponse, *, is_batched: bool = True) -> Outputs:
+    """The answer's tensors. Raises Malformed when they are neither all raw nor all typed, and well so.
+
+    Of a model that takes no batches each is as a whole the answer to one row: whatever its shape, 1 is put before it.
+    """
+    rows = () if is_batched else (1,)
     contents: Sequence[bytes] = response.raw_output_contents
     if len(contents) != len(response.outputs):
         contents = _read_typed(response)
     return tuple(
-        Tensor(output.name, output.datatype, tuple(output.shape), data)
+        Tensor(output.name, output.datatype, (*rows, *output.shape), data)
         for output, data in zip(response.outputs, contents, strict=True)
     )
 

@@ -11,7 +11,7 @@ import pytest
 
 from protos.open_inference import open_inference_pb2 as pb
 from router.config import ProtocolName
-from router.core.types import Batch, BatchAnswer
+from router.core.types import Batch, BatchAnswer, BatchKey, Block, TensorSpec
 from router.dispatch.replica import Replica
 from router.errors import (
     BackendExhausted,
@@ -21,7 +21,7 @@ from router.errors import (
     Refused,
     StreamLost,
 )
-from tests.builders import make_batch, make_block, make_key
+from tests.builders import Listener, make_batch, make_block, make_key
 from tests.open_inference_server import Abort, OpenInferenceServer, ServedModel, double
 
 pytestmark = pytest.mark.anyio
@@ -92,6 +92,18 @@ async def test_a_batch_is_answered(protocol: ProtocolName) -> None:
             assert values(await replica.infer(batch_of(number, 5, batch_id=f"b-{number}"))) == [2 * number, 10]
         assert [request.id for request in server.requests] == ["b-0", "b-1", "b-2"]
         assert len(server.left_s) == (3 if protocol == "unary" else 0)
+
+
+@BOTH
+async def test_a_model_without_batches_gets_a_request_in_its_own_shape(protocol: ProtocolName) -> None:
+    key = BatchKey("m", "", "", (TensorSpec("x", "FP32", (2, 3)),), is_batched=False)
+    numbers = np.arange(6, dtype="<f4")
+    batch = make_batch(Block(key, 0, 0, 1, (numbers.tobytes(),), key.row_bytes, 0.0, 60.0, Listener()).whole())
+    async with OpenInferenceServer({"m": ServedModel()}) as server, replica_of(server, protocol) as replica:
+        answer = await replica.infer(batch)
+        assert [list(tensor.shape) for tensor in server.requests[0].inputs] == [[2, 3]]
+        assert answer.outputs[0].shape == (1, 2, 3)
+        assert values(answer) == (2 * numbers).tolist()
 
 
 async def test_unary_calls_do_not_wait_for_each_other() -> None:

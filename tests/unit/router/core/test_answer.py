@@ -52,6 +52,23 @@ def test_the_models_output_may_not_be_missing() -> None:
     assert read(batch, (output(1, name="a"), output(1, name="score"))).fault is None
 
 
+def wanting(*outputs: str, contract: Contract = ANY_ANSWER) -> Batch:
+    batch = batch_of(1, contract)
+    batch.parts[0].block.outputs = outputs
+    return batch
+
+
+def test_an_answer_may_hold_some_of_the_wanted_outputs_and_others_but_not_others_only() -> None:
+    assert len(read(wanting("a", "b"), (output(1, name="b"), output(1, name="c"))).outputs) == 2
+    assert "no output 'a', 'b', only 'c'" in refused(wanting("a", "b"), (output(1, name="c"),))
+
+
+def test_the_models_output_may_be_missing_where_nobody_wants_it() -> None:
+    contract = Contract(output="score")
+    assert read(wanting("a", contract=contract), (output(1, name="a"),)).fault is None
+    assert "no output 'score', only 'a'" in refused(wanting("a", "score", contract=contract), (output(1, name="a"),))
+
+
 # -- rows with errors of their own -----------------------------------------------------------------------------------
 
 

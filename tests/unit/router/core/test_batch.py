@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.batch import check, merge, partition, rows_of, split, split_around
+from router.core.batch import MAX_ELEMENTS, check, merge, partition, rows_of, split, split_around, wanted_outputs
 from router.core.types import BatchKey, Tensor, TensorSpec
-from router.errors import Malformed
+from router.errors import Blame, Malformed, Refused
 from tests.builders import decode_texts, encode_texts, make_batch, make_block, make_key, values_of
 
 
@@ -67,7 +67,7 @@ def test_answers_that_hold_every_row_pass(tensor: Tensor) -> None:
     [
         ((), "without any output"),
         ((Tensor("o", "FP32", (2,), bytes(8)),), "shape [2] for a batch of 3 rows"),
-        ((Tensor("o", "FP32", (4,), bytes(16)),), "shape [4] for a batch of 3 rows"),
+        ((Tensor("o", "FP32", (4,), bytes(16)),), "batch of 3 rows; if the model takes no batches, set batching: off"),
         ((Tensor("o", "FP32", (), bytes(4)),), "shape [] for a batch of 3 rows"),
         ((Tensor("o", "FP32", (3,), bytes(8)),), "8 bytes, which is not FP32[3]"),
         ((Tensor("o", "FP32", (3, 2), bytes(12)),), "12 bytes, which is not FP32[3, 2]"),
@@ -85,6 +85,33 @@ def test_answers_that_do_not_fit_are_malformed(outputs: tuple[Tensor, ...], mess
     with pytest.raises(Malformed) as malformed:
         check(outputs, 3)
     assert message in malformed.value.message
+
+
+def test_texts_of_an_answer_are_bounded_over_all_outputs_before_any_is_scanned() -> None:
+    def answer(*elements: int) -> tuple[Tensor, ...]:
+        return tuple(Tensor("o", "BYTES", (2, number // 2), bytes(4 * number)) for number in elements)
+
+    check(answer(MAX_ELEMENTS - 2, 2), 2)
+    with pytest.raises(Refused) as refused:
+        check(answer(MAX_ELEMENTS, 2), 2)
+    assert refused.value.blame is Blame.UNCLEAR  # elsewhere, then with fewer rows
+    assert f"{MAX_ELEMENTS + 2} BYTES elements, at most {MAX_ELEMENTS} are read" in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("wishes", "wanted"),
+    [
+        ([()], ()),
+        ([("b", "a")], ("a", "b")),
+        ([("b",), ("c", "b"), ("a",)], ("a", "b", "c")),
+        ([("b",), (), ("a",)], ()),
+    ],
+)
+def test_a_batch_wants_what_any_of_its_rows_want(wishes: list[tuple[str, ...]], wanted: tuple[str, ...]) -> None:
+    blocks = [make_block(1) for _ in wishes]
+    for block, outputs in zip(blocks, wishes, strict=True):
+        block.outputs = outputs
+    assert wanted_outputs(make_batch(*(block.whole() for block in blocks))) == wanted
 
 
 def test_rows_of_an_output_are_a_slice() -> None:

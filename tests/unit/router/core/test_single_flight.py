@@ -70,6 +70,14 @@ def test_all_rows_of_a_block_are_gathered_without_a_copy_and_some_as_one_block()
     assert values_of((gather(block, [0, 2, 3], Listener()).whole(),)) == [1, 3, 4]
 
 
+@pytest.mark.parametrize("rows", [[0], [0, 1]])
+@pytest.mark.parametrize("block", [make_block(1, 2), make_texts("one", "two")])
+def test_rows_that_lead_want_every_output_as_those_who_follow_may_want_others(block: Block, rows: list[int]) -> None:
+    block.outputs = ("y",)
+    assert gather(block, rows, Listener()).outputs == ()
+    assert block.outputs == ("y",)
+
+
 def test_texts_are_gathered_with_their_offsets() -> None:
     some = gather(make_texts("one", "two", "three", "four"), [0, 2, 3], Listener())
     _, rest = some.whole().cut(1)

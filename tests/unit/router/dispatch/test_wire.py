@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 
 from protos.open_inference import open_inference_pb2 as pb
+from router.core.batch import rows_of
 from router.core.contents import MAX_TYPED, MAX_TYPED_TEXTS
-from router.dispatch.wire import to_outputs, to_request, translate_status
+from router.core.elements import scan
+from router.core.types import Batch, BatchKey, TensorSpec
+from router.core.variable import VariableBlock
+from router.dispatch.wire import to_answer, to_outputs, to_request, translate_status
 from router.errors import BackendError, BackendExhausted, Blame, Malformed, Refused, StreamLost
-from tests.builders import decode_texts, make_batch, make_block, make_key
+from tests.builders import Listener, decode_texts, encode_texts, make_batch, make_block, make_key
 
 OutputTensor = pb.ModelInferResponse.InferOutputTensor
 
@@ -27,6 +31,65 @@ def test_a_batch_is_one_raw_request_with_its_rows_in_front() -> None:
     assert (request.model_name, request.id, request.parameters["agent_type"].string_param) == ("m", "b-1", "a")
     assert [(one.name, one.datatype, list(one.shape)) for one in request.inputs] == [("vector", "FP32", [2, 3])]
     assert np.frombuffer(request.raw_input_contents[0], "<f4").tolist() == [1, 1, 1, 2, 2, 2]
+
+
+def test_a_batch_asks_for_the_outputs_that_its_rows_want_and_else_for_none() -> None:
+    wishing, other = make_block(1), make_block(2)
+    assert not to_request(make_batch(wishing.whole(), other.whole())).outputs
+    wishing.outputs, other.outputs = ("y", "x"), ("z", "x")
+    request = to_request(make_batch(wishing.whole(), other.whole()))
+    assert [output.name for output in request.outputs] == ["x", "y", "z"]
+
+
+UNBATCHED = BatchKey(
+    "m",
+    "",
+    "",
+    (TensorSpec("x", "FP32", (2, 3)), TensorSpec("s", "INT64", ()), TensorSpec("t", "BYTES", (2,))),
+    is_batched=False,
+)
+
+
+def unbatched() -> Batch:
+    raw = bytes(24), bytes(8), encode_texts("a", "bc")
+    offsets = None, None, scan(raw[2], 1, 2)
+    block = VariableBlock(UNBATCHED, 0, 0, 1, raw, UNBATCHED.row_bytes, 0.0, 1.0, Listener(), offsets=offsets)
+    return make_batch(block.whole())
+
+
+def test_a_request_to_a_model_without_batches_goes_as_it_stands() -> None:
+    request = to_request(unbatched())
+    assert [list(one.shape) for one in request.inputs] == [[2, 3], [], [2]]
+    assert list(request.raw_input_contents) == [bytes(24), bytes(8), encode_texts("a", "bc")]
+
+
+def test_a_model_without_batches_may_answer_in_any_shape() -> None:
+    tensors = [("scalar", "FP32", [], bytes(4)), ("none", "FP32", [0], b""), ("wide", "INT16", [3, 2], bytes(12))]
+    tensors += [("texts", "BYTES", [2], encode_texts("x", "")), ("text", "BYTES", [], encode_texts("y"))]
+    tensors += [("no texts", "BYTES", [2, 0], b"")]
+    response = pb.ModelInferResponse(raw_output_contents=[raw for _, _, _, raw in tensors])
+    for name, datatype, shape, _ in tensors:
+        response.outputs.add(name=name, datatype=datatype, shape=shape)
+    answer = to_answer(unbatched(), response, "r:1", 0.0, 1.0)
+    assert [output.shape for output in answer.outputs] == [(1,), (1, 0), (1, 3, 2), (1, 2), (1,), (1, 2, 0)]
+    assert [rows_of(output, 0, 1).data for output in answer.outputs] == [raw for _, _, _, raw in tensors]
+
+
+@pytest.mark.parametrize(("shape", "raw"), [([], bytes(8)), ([2], bytes(4)), ([0], bytes(4)), ([-1], b"")])
+def test_without_batches_bytes_must_fit_the_shape_all_the_same(shape: list[int], raw: bytes) -> None:
+    response = pb.ModelInferResponse(raw_output_contents=[raw])
+    response.outputs.add(name="y", datatype="FP32", shape=shape)
+    with pytest.raises(Malformed):
+        to_answer(unbatched(), response, "r:1", 0.0, 1.0)
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "BF16"])
+def test_half_floats_come_raw(datatype: str) -> None:
+    response = pb.ModelInferResponse(raw_output_contents=[bytes(8), bytes(4)])
+    response.outputs.add(name="wide", datatype=datatype, shape=[2, 2])
+    response.outputs.add(name="narrow", datatype=datatype, shape=[2])
+    answer = to_answer(make_batch(make_block(1, 2).whole()), response, "r:1", 0.0, 1.0)
+    assert [(output.datatype, output.shape) for output in answer.outputs] == [(datatype, (2, 2)), (datatype, (2,))]
 
 
 @pytest.mark.parametrize(
