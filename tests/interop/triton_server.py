@@ -1,12 +1,12 @@
-"""A real Triton with models in Python; runs in .venv-triton: `triton_server.py PORT WORKSPACE [MODEL …]`.
+"""A real Triton with models in Python; runs in .venv-triton: `triton_server.py GRPC HTTP METRICS WORKSPACE [MODEL …]`.
 
 scale      batched, at most 16 rows: `features` FP32 [4] -> `scores`, twice as much, and `sums`; 666 in front fails
 loud       batched: `text` BYTES [1] -> `loud`, in capitals
 total      takes no batches: `matrix` FP32 [-1, 3] -> `total` [1]
 stepwise   decoupled: answers three times
 
-gRPC listens on PORT, HTTP and metrics on the two after it. With models named there are only these, and what PyTriton
-keeps to itself by default (the index, loading) stays so.
+The first three are ports. With models named there are only these, and what PyTriton keeps to itself by default (the
+index, loading) stays so.
 """
 
 import os
@@ -72,14 +72,14 @@ MODELS: dict[str, Spec] = {
 }
 
 
-def main(port: int, workspace: str, names: list[str]) -> None:
+def main(ports: list[int], workspace: str, names: list[str]) -> None:
     # Triton's Python is a library that it looks for by itself; a system's one of another patch level cannot run the
     # standard library of this one.
     os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    here = "127.0.0.1"
+    here, (grpc_port, http_port, metrics_port) = "127.0.0.1", ports
     config = TritonConfig(
-        grpc_address=here, grpc_port=port, http_address=here, http_port=port + 1, metrics_port=port + 2
+        grpc_address=here, grpc_port=grpc_port, http_address=here, http_port=http_port, metrics_port=metrics_port
     )
     security = TritonSecurityConfig(restricted_endpoints=None if names else [])
     with Triton(config=config, workspace=workspace, security_config=security) as triton:
@@ -92,4 +92,4 @@ def main(port: int, workspace: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main([int(port) for port in sys.argv[1:4]], sys.argv[4], sys.argv[5:])
