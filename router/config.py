@@ -149,6 +149,9 @@ class ModelSettings(Section):
     vector_datatype: Literal["FP32", "FP64", "FP16"] | None = None
     vector_output: str | None = None
     send_agent_type: bool = True
+    # Parameters of Open Inference requests, by name or pattern, that change no answer: rows share batches whatever they
+    # are, and the model does not see them.
+    ignore_parameters: list[Annotated[str, Field(min_length=1)]] = []
     # False: rows whose answer holds NaN or infinity fail.
     allow_nan: bool = True
     # Equal rows have equal answers: those that wait or are in flight at the same time are computed once, and answers

@@ -86,7 +86,7 @@ class Models:
     ) -> None:
         """Return once `find` knows. Raises RouterError."""
 
-    async def report(self, model_name: str, model_version: str) -> ModelReport:
+    async def report(self, model_name: str, model_version: str) -> ModelReport:  # noqa: ARG002 (known to backends)
         """What is known of a model."""
         is_there = any(fnmatch.fnmatchcase(model_name, model.match.model_name) for model in self._settings.models)
         return ModelReport(ModelState.READY if is_there else ModelState.ABSENT)

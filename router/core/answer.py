@@ -24,7 +24,14 @@ _FLOATS: dict[str, str] = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
 
 
 def read_answer(
-    batch: Batch, outputs: Outputs, *, row_errors: str | None, replica: str, dispatched_at: float, answered_at: float
+    batch: Batch,
+    outputs: Outputs,
+    *,
+    row_errors: str | None,
+    replica: str,
+    dispatched_at: float,
+    answered_at: float,
+    model_version: str = "",
 ) -> BatchAnswer:
     """The checked answer; `row_errors` is the parameter's text, None without it.
 
@@ -41,7 +48,15 @@ def read_answer(
             fault = Malformed(f"{len(not_finite)} of {batch.rows} rows: {next(iter(not_finite.values()))}")
             failed |= not_finite
     return BatchAnswer(
-        outputs, batch.id, batch.rows, replica, dispatched_at, answered_at, row_errors=failed or None, fault=fault
+        outputs,
+        batch.id,
+        batch.rows,
+        replica,
+        dispatched_at,
+        answered_at,
+        row_errors=failed or None,
+        fault=fault,
+        model_version=model_version,
     )
 
 

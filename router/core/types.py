@@ -264,7 +264,8 @@ class BatchAnswer:
     """What came back for a batch, and what an explanation needs to know of it. Times in monotonic seconds.
 
     `row_errors`: messages of the rows that failed by themselves, by their number in the batch. `fault`: why the answer
-    should be asked for once more elsewhere, although all rows but these can be told from it.
+    should be asked for once more elsewhere, although all rows but these can be told from it. `model_version`: of the
+    model that answered, if the backend tells.
     """
 
     outputs: Outputs
@@ -275,3 +276,4 @@ class BatchAnswer:
     answered_at: float
     row_errors: Mapping[int, str] | None = None
     fault: Malformed | None = None
+    model_version: str = ""

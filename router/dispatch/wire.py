@@ -86,6 +86,7 @@ def to_answer(
         replica=address,
         dispatched_at=dispatched_at,
         answered_at=answered_at,
+        model_version=response.model_version,
     )
 
 

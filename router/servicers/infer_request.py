@@ -15,13 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from protos.open_inference import open_inference_pb2 as pb
-from router.core.batch import rows_of
+from router.config import Settings
 from router.core.types import BatchAnswer, Part, Tensor
 from router.dataplane import Call
 from router.errors import Cancelled, DeadlineExceeded, InternalError, RouterError, Unavailable
 from router.models import Unlearned
-from router.servicers import convert, tensors
+from router.servicers import convert, parameters, responses, tensors
 from router.servicers.access import OK
+from router.servicers.heads import Heads
+from router.servicers.responses import Responses
 from router.servicers.status import status_of
 from router.servicers.stream import Surroundings
 
@@ -29,6 +31,19 @@ logger = logging.getLogger(__name__)
 
 # Of an error in the access log: it may name a name of megabytes, to say that it is too long.
 MAX_DETAIL_CHARACTERS = 1000
+
+
+class Front:
+    """What all requests of a router share; keep none of it but `around`."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self.around = around
+        self.heads = Heads(around.settings, around.models)
+        self.responses = Responses()
+
+    def apply(self, settings: Settings) -> None:
+        """Read new requests by other settings, and by what is known of models now."""
+        self.heads = Heads(settings, self.around.models)
 
 
 @dataclass(slots=True)
@@ -51,43 +66,45 @@ class InferRequest:
         "_around",
         "_arrival",
         "_call",
+        "_front",
         "_learning",
+        "_message",
         "_on_end",
         "_pieces",
-        "_targets",
-        "_wanted",
+        "_rows",
         "error",
         "is_refused",
-        "message",
         "response",
-        "rows",
         "started",
     )
 
-    def __init__(
-        self,
-        around: Surroundings,
-        targets: tensors.Targets,
-        message: pb.ModelInferRequest,
-        on_end: Callable[["InferRequest"], None],
-    ) -> None:
-        self._around = around
-        self._targets = targets
-        self.message = message
-        self._wanted = [output.name for output in message.outputs]
+    def __init__(self, front: Front, message: pb.ModelInferRequest, on_end: Callable[["InferRequest"], None]) -> None:
+        self._front = front
+        self._around = front.around
+        self._message = tensors.Message(message)
         self.started = time.monotonic()
         # State: who hears of the end, nobody after it; how it came; its rows once they are known, and its call; the
         # task that waits for the backend to tell of the model; whether the router took no call at all; outputs by the
-        # first of their rows; what became of it.
+        # first of their rows, but for the last; what became of it.
         self._on_end: Callable[[InferRequest], None] | None = on_end
         self._arrival: Arrival | None = None
-        self.rows = 0
+        self._rows: tensors.Rows | None = None
         self._call: Call | None = None
         self._learning: asyncio.Task[None] | None = None
         self.is_refused = False
         self._pieces: dict[int, list[Tensor]] = {}
         self.response: pb.ModelInferResponse | None = None
         self.error: RouterError | None = None
+
+    @property
+    def id(self) -> str:
+        """As the client calls it, as far as that may be long."""
+        return self._message.id[: self._around.settings.limits.max_name_length]
+
+    @property
+    def rows(self) -> int:
+        """0 until they are known."""
+        return self._rows.head.rows if self._rows is not None else 0
 
     def begin(self, arrival: Arrival) -> None:
         """Queue the rows, now or once the model is known."""
@@ -97,7 +114,7 @@ class InferRequest:
         except RouterError as error:
             self._end(error)
         except Exception:
-            logger.exception("a request for %r failed inside the router; this is a bug", self.message.model_name)
+            logger.exception("a request for %r failed inside the router; this is a bug", self._message.rest.model_name)
             self._end(InternalError())
 
     def cancel(self) -> None:
@@ -113,23 +130,21 @@ class InferRequest:
         around, arrival = self._around, self._arrival
         assert arrival is not None, "a request is queued that has not arrived: this is a bug"
         try:
-            terms = self._terms(arrival)
-            rows = tensors.read(self.message, self._targets, around.settings.limits)
+            rows = tensors.read(self._message, self._front.heads, around.settings.limits.max_name_length)
         except Unlearned as unlearned:
-            self._wait_for(unlearned.model, terms)
+            self._wait_for(unlearned.model, arrival)
             return
-        self.rows = rows.rows
+        self._rows, head = rows, rows.head
+        terms = self._terms(arrival, head.timeout_s, is_batch_class=head.is_batch_class)
         if terms.timeout_s <= 0:
             raise DeadlineExceeded("the deadline had passed when the request arrived")
-        call = self._open(rows.rows, terms)
+        call = self._open(head.rows, terms)
         around.plane.infer(call, [rows.to_block(terms, call)])
 
-    def _terms(self, arrival: Arrival) -> convert.Terms:
-        around, parameters = self._around, self.message.parameters
-        asked_s = tensors.timeout_s(parameters)
+    def _terms(self, arrival: Arrival, asked_s: float | None, *, is_batch_class: bool) -> convert.Terms:
+        around = self._around
         timeout_s = convert.timeout_s(asked_s, arrival.rpc_s, around.settings)
-        tenant = around.tenants.of_call("", arrival.tenant)
-        return convert.Terms(arrival.at, timeout_s, tenant, tensors.is_batch_class(parameters))
+        return convert.Terms(arrival.at, timeout_s, around.tenants.of_call("", arrival.tenant), is_batch_class)
 
     def _open(self, rows: int, terms: convert.Terms) -> Call:
         """The call, which is open already if the model had to be learned. Raises Unavailable."""
@@ -143,16 +158,19 @@ class InferRequest:
             raise
         return self._call
 
-    def _wait_for(self, model: tuple[str, str, str], terms: convert.Terms) -> None:
+    def _wait_for(self, model: tuple[str, str, str], arrival: Arrival) -> None:
         """A router that leaves waits for this as for other calls."""
+        asked = self._message.rest.parameters
+        terms = self._terms(arrival, parameters.timeout_s(asked), is_batch_class=parameters.is_batch_class(asked))
         self._open(1, terms)
         self._learning = asyncio.create_task(self._learn(model, terms), name=f"learn {model[0]}")
 
     async def _learn(self, model: tuple[str, str, str], terms: convert.Terms) -> None:
-        nbytes, deadline, tenant = self.message.ByteSize(), terms.deadline, terms.tenant
+        nbytes, deadline, tenant = self._message.nbytes, terms.deadline, terms.tenant
         try:
             await self._around.models.learn(*model, rows=1, nbytes=nbytes, deadline=deadline, tenant=tenant)
         except RouterError as error:
+            self._learning = None
             self._end(error)
             return
         self._learning = None
@@ -164,13 +182,22 @@ class InferRequest:
     def answered(self, part: Part, answer: BatchAnswer, offset: int, *, is_last: bool) -> None:
         """See Reply."""
         try:
-            chosen = tensors.choose(answer.outputs, self._wanted)
-            self._pieces[part.first] = [rows_of(tensor, offset, part.rows) for tensor in chosen]
-            if is_last:
-                self.response = tensors.to_response(self.message, tensors.join(self._pieces))
-                self._end(None)
+            self._take(part, answer, offset, is_last=is_last)
         except RouterError as error:
             self._end(error)
+
+    def _take(self, part: Part, answer: BatchAnswer, offset: int, *, is_last: bool) -> None:
+        rows = self._rows
+        assert rows is not None, "an answer to a request that was never queued: this is a bug"
+        if is_last and not self._pieces:
+            self.response = self._front.responses.of_batch(rows.head, self._message.id, answer, offset)
+            self._end(None)
+            return
+        self._pieces[part.first] = responses.cut(answer, rows.head.outputs, offset, part.rows)
+        if is_last:
+            outputs = responses.join(self._pieces)
+            self.response = responses.of_tensors(rows.head, self._message.id, outputs, answer.model_version)
+            self._end(None)
 
     def failed(
         self,

@@ -12,7 +12,6 @@ import asyncio
 import logging
 import uuid
 from collections import deque
-from collections.abc import Callable
 
 import grpc
 import grpc.aio
@@ -20,10 +19,9 @@ import grpc.aio
 from protos.open_inference import open_inference_pb2 as pb
 from router.config import Settings
 from router.errors import ResourceExhausted
-from router.servicers import tensors
-from router.servicers.infer_request import Arrival, InferRequest, record
+from router.servicers.infer_request import Arrival, Front, InferRequest, record
 from router.servicers.status import to_proto
-from router.servicers.stream import MAX_UNREAD_BYTES, UNREAD_RETRY_AFTER_S, Surroundings
+from router.servicers.stream import MAX_UNREAD_BYTES, UNREAD_RETRY_AFTER_S
 from router.servicers.unary import Unreadable, seconds_left
 
 Context = grpc.aio.ServicerContext[pb.ModelInferRequest, pb.ModelStreamInferResponse]
@@ -37,11 +35,11 @@ ANSWER_OVERHEAD_BYTES = 256
 
 
 class InferStream:
-    """One stream; `run` it to its end. `targets`: those that hold now."""
+    """One stream; `run` it to its end."""
 
-    def __init__(self, around: Surroundings, targets: Callable[[], tensors.Targets], context: Context) -> None:
-        self._around = around
-        self._targets = targets
+    def __init__(self, front: Front, context: Context) -> None:
+        self._front = front
+        self._around = front.around
         self._context = context
         self._loop = asyncio.get_running_loop()
         left_s = seconds_left(context)
@@ -114,7 +112,7 @@ class InferStream:
             self._settings = self._around.settings
             self._tenant = self._around.tenants.of_rpc(self._context)
         refusal = self._refusal(self._settings.limits.max_open_calls)
-        request = InferRequest(self._around, self._targets(), message, self._ended)
+        request = InferRequest(self._front, message, self._ended)
         self._open.add(request)
         if refusal is not None:
             self._around.plane.count_refusal(refusal, 1)
@@ -144,7 +142,7 @@ class InferStream:
     def _ended(self, request: InferRequest) -> None:
         """A request has its answer; see InferRequest."""
         self._open.discard(request)
-        record(self._around, METHOD, request, lambda: request.message.id or uuid.uuid4().hex)
+        record(self._around, METHOD, request, lambda: request.id or uuid.uuid4().hex)
         message = _to_message(request)
         size = message.ByteSize() + ANSWER_OVERHEAD_BYTES
         self._outbox.append((message, size))
@@ -168,4 +166,4 @@ def _to_message(request: InferRequest) -> pb.ModelStreamInferResponse:
     if request.error is None:
         return pb.ModelStreamInferResponse(infer_response=request.response)
     told = to_proto(request.error)
-    return pb.ModelStreamInferResponse(error_message=f"[request id: {request.message.id or NO_ID}] {told.message}")
+    return pb.ModelStreamInferResponse(error_message=f"[request id: {request.id or NO_ID}] {told.message}")

@@ -8,10 +8,8 @@ import grpc.aio
 
 from protos.open_inference import open_inference_pb2 as pb
 from router.errors import InternalError, InvalidArgument, RouterError
-from router.servicers import tensors
-from router.servicers.infer_request import Arrival, InferRequest, record, record_cancelled
+from router.servicers.infer_request import Arrival, Front, InferRequest, record, record_cancelled
 from router.servicers.status import to_proto
-from router.servicers.stream import Surroundings
 from router.servicers.unary import Unreadable, abort, request_id, seconds_left
 
 logger = logging.getLogger(__name__)
@@ -23,22 +21,20 @@ REFUSED_KEY = "inference-router-refused"
 Context = grpc.aio.ServicerContext[pb.ModelInferRequest, pb.ModelInferResponse]
 
 
-async def infer(
-    around: Surroundings, targets: tensors.Targets, message: pb.ModelInferRequest | Unreadable, context: Context
-) -> pb.ModelInferResponse:
+async def infer(front: Front, message: pb.ModelInferRequest | Unreadable, context: Context) -> pb.ModelInferResponse:
     """Answer when every row is answered; abort when the request is bad or one of its rows failed."""
     if isinstance(message, Unreadable):
         error = InvalidArgument("the request cannot be read as a ModelInferRequest")
         return await abort(context, to_proto(error))
-    loop = asyncio.get_running_loop()
+    around, loop = front.around, asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
 
     def end(_: InferRequest) -> None:
         if not ended.done():  # done: the RPC is being cancelled
             ended.set_result(None)
 
-    request = InferRequest(around, targets, message, end)
-    find_id = functools.partial(_request_id, around, context, message)
+    request = InferRequest(front, message, end)
+    find_id = functools.partial(_find_id, context, request)
     try:
         request.begin(Arrival(loop.time(), seconds_left(context), around.tenants.of_rpc(context)))
         await ended
@@ -57,5 +53,5 @@ async def _fail(request: InferRequest, error: RouterError, context: Context) -> 
     return await abort(context, to_proto(error), *more_metadata)
 
 
-def _request_id(around: Surroundings, context: Context, message: pb.ModelInferRequest) -> str:
-    return request_id(context, message.id[: around.settings.limits.max_name_length])
+def _find_id(context: Context, request: InferRequest) -> str:
+    return request_id(context, request.id)

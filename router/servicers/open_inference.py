@@ -17,7 +17,8 @@ from router import __version__
 from router.config import Settings
 from router.core.model_info import ModelState
 from router.errors import InternalError, InvalidArgument, RouterError
-from router.servicers import descriptions, infer_unary, tensors
+from router.servicers import descriptions, infer_unary
+from router.servicers.infer_request import Front
 from router.servicers.infer_stream import Context as StreamContext
 from router.servicers.infer_stream import InferStream
 from router.servicers.status import to_proto
@@ -29,7 +30,14 @@ logger = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 NAME = "inference-router"
 # Triton's names for what a server can do beyond the protocol. Of `model_repository` there is the index, not loading.
-EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "schedule_policy")
+EXTENSIONS = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "schedule_policy",
+)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Question = TypeVar("Question", bound=Readable)
@@ -42,7 +50,7 @@ class OpenInferenceServicer:
     def __init__(self, around: Surroundings, rpcs: Rpcs) -> None:
         self._around = around
         self._rpcs = rpcs
-        self._targets = tensors.Targets(around.settings, around.models)
+        self._front = Front(around)
         # State: the streams that are open; whether the router leaves; whether streams are to end.
         self._streams: set[InferStream] = set()
         self._is_draining = False
@@ -50,7 +58,7 @@ class OpenInferenceServicer:
 
     def apply(self, settings: Settings) -> None:
         """Find models by other settings."""
-        self._targets = tensors.Targets(settings, self._around.models)
+        self._front.apply(settings)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register all methods; see InferenceServicer."""
@@ -129,12 +137,12 @@ class OpenInferenceServicer:
     ) -> pb.ModelInferResponse:
         """See infer_unary."""
         self._rpcs.watch(context)
-        return await infer_unary.infer(self._around, self._targets, request, context)
+        return await infer_unary.infer(self._front, request, context)
 
     async def ModelStreamInfer(self, _: object, context: StreamContext) -> None:  # noqa: N802
         """See InferStream."""
         self._rpcs.watch(context)
-        stream = InferStream(self._around, lambda: self._targets, context)
+        stream = InferStream(self._front, context)
         self._streams.add(stream)
         if self._is_ending:
             stream.end()

@@ -1,11 +1,13 @@
 """What Open Inference clients ask a router about itself and its models, over real gRPC."""
 
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 
 from protos.open_inference import open_inference_pb2 as pb
@@ -13,7 +15,11 @@ from protos.open_inference import open_inference_pb2_grpc as pb_grpc
 from router import __version__
 from router.core.model_info import IndexEntry, ModelReport, ModelState
 from router.errors import Unavailable
-from tests.integration.stack import Stack, open_channel, serving
+from router.server import RouterServer
+from tests.builders import encode_texts
+from tests.integration.stack import Stack, open_channel, router_settings, serving
+from tests.open_inference_server import OpenInferenceServer as Server
+from tests.open_inference_server import ServedModel
 
 pytestmark = pytest.mark.anyio
 
@@ -126,3 +132,99 @@ async def test_bytes_that_are_no_question_are_their_senders_fault() -> None:
             await call(b"\xff\xff\xff")
         assert failed.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert failed.value.details() == "the request cannot be read as a ModelReadyRequest"
+
+
+# Foreign models
+
+
+@asynccontextmanager
+async def in_front_of(models: Mapping[str, ServedModel], **model: object) -> AsyncIterator[tuple[Stub, Server]]:
+    """A router before a foreign server, and its front."""
+    async with Server(models) as server, AsyncExitStack() as stack:
+        router = RouterServer(router_settings([server.address], model))
+        await router.start()
+        stack.push_async_callback(router.stop)
+        channel = await stack.enter_async_context(open_channel(router.address))
+        yield pb_grpc.GRPCInferenceServiceStub(channel), server
+
+
+def whole(*shape: int, outputs: Sequence[str] = ()) -> pb.ModelInferRequest:
+    """A request of one input `x`, FP32, whose elements are 0, 1, ...; any shape."""
+    data = np.arange(math.prod(shape), dtype="<f4").tobytes()
+    request = pb.ModelInferRequest(model_name="m", id="7", raw_input_contents=[data])
+    request.inputs.add(name="x", datatype="FP32", shape=shape)
+    for name in outputs:
+        request.outputs.add(name=name)
+    return request
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)])
+async def test_a_request_for_a_model_without_batches_goes_as_it_stands(shape: tuple[int, ...]) -> None:
+    async with in_front_of({"m": ServedModel()}, batching="off") as (stub, server):
+        response = await stub.ModelInfer(whole(*shape))
+        (sent,) = server.requests
+        assert list(sent.inputs[0].shape) == list(response.outputs[0].shape) == list(shape)
+        doubled = [2.0 * value for value in range(math.prod(shape))]
+        assert np.frombuffer(response.raw_output_contents[0], "<f4").tolist() == doubled
+        assert (response.id, response.model_version) == ("7", "1")
+
+
+async def test_a_batch_asks_for_the_outputs_that_its_requests_want() -> None:
+    async with in_front_of({"m": ServedModel()}) as (stub, server):
+        response = await stub.ModelInfer(whole(2, 1, outputs=["y"]))
+        assert [output.name for output in response.outputs] == ["y"]
+        assert [output.name for output in server.requests[0].outputs] == ["y"]
+
+
+DATATYPES = {
+    "BOOL": 1,
+    "UINT8": 1,
+    "UINT16": 2,
+    "UINT32": 4,
+    "UINT64": 8,
+    "INT8": 1,
+    "INT16": 2,
+    "INT32": 4,
+    "INT64": 8,
+    "FP16": 2,
+    "BF16": 2,
+    "FP32": 4,
+    "FP64": 8,
+}
+
+
+def echo(request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+    """Every input as an output of the same name."""
+    response = pb.ModelInferResponse(id=request.id, raw_output_contents=request.raw_input_contents)
+    for tensor in request.inputs:
+        response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+    return response
+
+
+@pytest.mark.parametrize("max_batch_size", [64, 2])
+async def test_every_datatype_travels_there_and_back_whole_or_split_over_batches(max_batch_size: int) -> None:
+    request = pb.ModelInferRequest(model_name="m", id="all")
+    for datatype, size in DATATYPES.items():
+        request.inputs.add(name=datatype, datatype=datatype, shape=[5, 3])
+        request.raw_input_contents.append(bytes(range(15 * size)))
+    request.inputs.add(name="BYTES", datatype="BYTES", shape=[5, 2])
+    request.raw_input_contents.append(encode_texts("a", "", "b\0", "ü", "", "", "x" * 1000, "y", "z", "1"))
+    async with in_front_of({"m": ServedModel(infer=echo)}, max_batch_size=max_batch_size) as (stub, server):
+        response = await stub.ModelInfer(request)
+        assert list(response.raw_output_contents) == list(request.raw_input_contents)
+        told = [(output.name, output.datatype, list(output.shape)) for output in response.outputs]
+        assert told == [(tensor.name, tensor.datatype, list(tensor.shape)) for tensor in request.inputs]
+        assert len(server.requests) == -(-5 // max_batch_size)
+
+
+async def test_outputs_are_each_callers_own_in_its_own_order_split_over_batches() -> None:
+    request = pb.ModelInferRequest(model_name="m")
+    for name in ("a", "b", "c"):
+        request.inputs.add(name=name, datatype="INT32", shape=[3, 1])
+        request.raw_input_contents.append(np.array([1, 2, 3], "<i4").tobytes() if name == "a" else bytes(12))
+    for name in ("c", "a"):
+        request.outputs.add(name=name)
+    async with in_front_of({"m": ServedModel(infer=echo)}, max_batch_size=2) as (stub, _):
+        response = await stub.ModelInfer(request)
+        assert [output.name for output in response.outputs] == ["c", "a"]
+        assert np.frombuffer(response.raw_output_contents[1], "<i4").tolist() == [1, 2, 3]

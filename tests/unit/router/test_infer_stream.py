@@ -18,10 +18,10 @@ from router.metrics import Metrics
 from router.models import Model, Models, Unlearned
 from router.servicers.access import Access
 from router.servicers.convert import Routes, VectorOutputs
+from router.servicers.infer_request import Front
 from router.servicers.infer_stream import Context, InferStream
 from router.servicers.stream import Surroundings
 from router.servicers.tenants import Tenants
-from router.servicers.tensors import Targets
 from router.servicers.unary import Unreadable
 from tests.unit.router.fakes import FakeBackend, pool_of
 
@@ -134,8 +134,7 @@ class Session:
             settings, self.plane, self.models, Routes(settings), access, VectorOutputs(), Tenants(settings)
         )
         self.client = Client(rpc_s)
-        targets = Targets(settings, self.models)
-        self.stream = InferStream(around, lambda: targets, cast(Context, self.client))
+        self.stream = InferStream(Front(around), cast(Context, self.client))
 
     def count(self, code: str) -> float:
         labels = {"method": "ModelStreamInfer", "code": code}

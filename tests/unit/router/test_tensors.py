@@ -1,5 +1,6 @@
 """Open Inference Protocol requests to rows and back: what the wire's form does not change, and what it does."""
 
+import re
 import struct
 import tracemalloc
 from collections.abc import Sequence
@@ -9,13 +10,17 @@ import pytest
 
 from protos.open_inference import open_inference_pb2 as pb
 from router.config import Settings
-from router.core.types import Block, Tensor
+from router.core.types import BatchAnswer, Block, Tensor
 from router.core.variable import VariableBlock
 from router.dispatch.wire import to_request
 from router.errors import InvalidArgument, ModelFailed, RouterError
 from router.models import Models
+from router.servicers.classification import classify
 from router.servicers.convert import Routes, Terms
-from router.servicers.tensors import Rows, Targets, choose, join, read, timeout_s, to_response
+from router.servicers.heads import Head, Heads
+from router.servicers.parameters import timeout_s
+from router.servicers.responses import Responses, choose, join, of_tensors
+from router.servicers.tensors import Message, Rows, read
 from tests.builders import Listener, encode_texts, make_batch
 
 
@@ -36,9 +41,19 @@ def request(*tensors: pb.ModelInferRequest.InferInputTensor, raw: Sequence[bytes
     return pb.ModelInferRequest(model_name="m", inputs=tensors, raw_input_contents=raw)
 
 
+def one_row() -> pb.ModelInferRequest:
+    return request(tensor("x", "FP32", [1]), raw=[bytes(4)])
+
+
 def rows_of_request(message: pb.ModelInferRequest, **model: object) -> Rows:
     given = settings(**model)
-    return read(message, Targets(given, Models(given)), given.limits)
+    return read_with(message, Heads(given, Models(given)))
+
+
+def read_with(message: pb.ModelInferRequest, heads: Heads) -> Rows:
+    mine = pb.ModelInferRequest()
+    mine.CopyFrom(message)  # which is taken apart
+    return read(Message(mine), heads, longest_id=256)
 
 
 def refusal(message: pb.ModelInferRequest) -> str:
@@ -71,13 +86,13 @@ def test_typed_contents_are_the_same_rows_as_raw_ones(
     typed = rows_of_request(request(tensor("x", datatype, [2], contents)))
     same = rows_of_request(request(tensor("x", datatype, [2]), raw=[raw]))
     assert typed.inputs == same.inputs == (raw,)
-    assert typed.target.key == same.target.key
+    assert typed.head.target.key == same.head.target.key
     assert typed.offsets == same.offsets
 
 
 @pytest.mark.parametrize("datatype", ["FP16", "BF16"])
 def test_halves_travel_raw_only(datatype: str) -> None:
-    assert rows_of_request(request(tensor("x", datatype, [2, 3]), raw=[bytes(12)])).rows == 2
+    assert rows_of_request(request(tensor("x", datatype, [2, 3]), raw=[bytes(12)])).head.rows == 2
     contents = pb.InferTensorContents(fp32_contents=[1, 2])
     message = refusal(request(tensor("x", datatype, [2], contents)))
     assert message == f"input 'x': {datatype} travels in raw_input_contents only"
@@ -134,7 +149,7 @@ def test_a_vector_has_the_key_of_a_native_one(agent_type: str) -> None:
     message = request(tensor("vector", "FP32", [1, 3]), raw=[bytes(12)])
     if agent_type:
         message.parameters["agent_type"].string_param = agent_type
-    ours = read(message, Targets(given, Models(given)), given.limits).target.key
+    ours = read_with(message, Heads(given, Models(given))).head.target.key
     assert ours == Routes(given).find(agent_type, "m", 3).key
 
 
@@ -148,7 +163,7 @@ def test_parameters_go_to_the_model_with_their_types_and_agent_type_among_them()
     message.parameters["agent_type"].string_param = "buyer"
     message.parameters["timeout"].int64_param = 1
     message.parameters["binary_data_output"].bool_param = True
-    key = rows_of_request(message).target.key
+    key = rows_of_request(message).head.target.key
     assert [name for name, _ in key.parameters] == ["a", "agent_type", "k", "m", "s", "z"]
     sent = to_request(make_batch(rows_of_request(message).to_block(Terms(0, 1), Listener()).whole()))
     for name in ("a", "z", "k", "m", "s", "agent_type"):
@@ -159,18 +174,18 @@ def test_parameters_go_to_the_model_with_their_types_and_agent_type_among_them()
 def test_a_model_that_wants_no_agent_type_is_not_told() -> None:
     message = request(tensor("x", "FP32", [1]), raw=[bytes(4)])
     message.parameters["agent_type"].string_param = "buyer"
-    key = rows_of_request(message, send_agent_type=False).target.key
+    key = rows_of_request(message, send_agent_type=False).head.target.key
     assert (key.agent_type, key.parameters) == ("buyer", ())
 
 
 def test_targets_remember_and_still_tell_true_from_one() -> None:
     given = settings()
-    targets = Targets(given, Models(given))
+    heads = Heads(given, Models(given))
 
     def target(name: str) -> object:
         message = request(tensor("x", "FP32", [1]), raw=[bytes(4)])
         setattr(message.parameters["p"], name, 1)
-        return read(message, targets, given.limits).target
+        return read_with(message, heads).head.target
 
     assert target("int64_param") is target("int64_param")
     assert target("int64_param") != target("bool_param")
@@ -190,6 +205,129 @@ def test_parameters_that_no_key_can_hold_are_refused(name: str, value: dict[str,
     asked = request(tensor("x", "FP32", [1]), raw=[bytes(4)])
     asked.parameters[name].CopyFrom(pb.InferParameter(**value))  # type: ignore[arg-type]
     assert message in refusal(asked)
+
+
+@pytest.mark.parametrize("value", [{"uint64_param": 0}, {"bool_param": False}])
+def test_a_sequence_that_is_none_is_no_sequence(value: dict[str, object]) -> None:
+    asked = one_row()
+    asked.parameters["sequence_id"].CopyFrom(pb.InferParameter(**value))  # type: ignore[arg-type]
+    assert head_of(asked).target.key.parameters == ()
+
+
+def test_parameters_that_the_settings_ignore_are_not_of_the_key() -> None:
+    asked = one_row()
+    for name in ("trace_id", "trace_parent", "user", "users", "sequence_id"):
+        asked.parameters[name].string_param = "x"
+    ignored = ["trace_*", "user", "sequence_*"]
+    key = rows_of_request(asked, ignore_parameters=ignored).head.target.key
+    assert key.parameters == (("users", "x"),)
+
+
+@pytest.mark.parametrize("owner", ["input", "output"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("shared_memory_region", "has the parameter 'shared_memory_region': shared memory is not supported"),
+        ("content_type", "has the parameter 'content_type'; only requests may have parameters here"),
+    ],
+)
+def test_parameters_of_single_tensors_are_refused(owner: str, name: str, message: str) -> None:
+    asked = one_row()
+    asked.outputs.add(name="x")
+    parameters = asked.inputs[0].parameters if owner == "input" else asked.outputs[0].parameters
+    parameters["binary_data_size"].int64_param = 4
+    assert head_of(asked).rows == 1
+    parameters[name].string_param = "x"
+    assert refusal(asked) == f"{owner} 'x' {message}"
+
+
+def test_a_head_that_was_read_once_is_remembered_and_rows_and_ids_are_not_part_of_it() -> None:
+    given = settings()
+    heads = Heads(given, Models(given))
+    asked = [request(tensor("x", "FP32", [1]), raw=[data]) for data in (b"1234", b"5678")]
+    asked[1].id = "another"
+    first, second = (read_with(message, heads) for message in asked)
+    assert first.head is second.head
+    assert (first.inputs, second.inputs) == ((b"1234",), (b"5678",))
+    other = read_with(request(tensor("x", "FP32", [2]), raw=[bytes(8)]), heads).head
+    assert other is not first.head
+    assert other.target is first.head.target
+
+
+def test_heads_are_forgotten_the_oldest_first() -> None:
+    given = settings()
+    given = given.model_copy(update={"limits": given.limits.model_copy(update={"max_keys": 2})})
+    heads = Heads(given, Models(given))
+    asked = [request(tensor("x", "FP32", [rows]), raw=[bytes(4 * rows)]) for rows in (1, 2, 3)]
+    one, two, three = (read_with(message, heads).head for message in asked)
+    assert read_with(asked[2], heads).head is three
+    assert read_with(asked[1], heads).head is two
+    assert read_with(asked[0], heads).head is not one
+
+
+def test_a_long_head_is_read_each_time() -> None:
+    given = settings()
+    heads = Heads(given, Models(given))
+    asked = one_row()
+    asked.parameters["long"].string_param = "x" * 1024
+    assert read_with(asked, heads).head is not read_with(asked, heads).head
+
+
+def test_a_head_that_is_remembered_still_asks_for_the_right_bytes() -> None:
+    given = settings()
+    heads = Heads(given, Models(given))
+    read_with(one_row(), heads)
+    for data, message in (
+        ([bytes(3)], "input 'x' has 3 bytes, which is not FP32[1]"),
+        ([bytes(4)] * 2, "the request has 2 raw contents for 1 inputs"),
+    ):
+        with pytest.raises(InvalidArgument) as refused:
+            read_with(request(tensor("x", "FP32", [1]), raw=data), heads)
+        assert refused.value.message == message
+
+
+# Models without batches
+
+
+def whole(*tensors: pb.ModelInferRequest.InferInputTensor, raw: Sequence[bytes]) -> Rows:
+    return rows_of_request(request(*tensors, raw=raw), batching="off")
+
+
+@pytest.mark.parametrize(("shape", "nbytes"), [([], 4), ([1], 4), ([3, 2], 24), ([0, 7], 0)])
+def test_a_request_for_a_model_without_batches_is_one_row_of_any_shape(shape: list[int], nbytes: int) -> None:
+    rows = whole(tensor("x", "FP32", shape), raw=[bytes(nbytes)])
+    key = rows.head.target.key
+    assert (rows.head.rows, key.is_batched, key.inputs[0].row_shape) == (1, False, tuple(shape))
+    block = rows.to_block(Terms(0, 1), Listener())
+    assert (block.rows, block.row_bytes) == (1, nbytes)
+
+
+def test_its_inputs_need_not_have_as_many_rows_as_one_another() -> None:
+    rows = whole(tensor("x", "FP32", [2]), tensor("t", "BYTES", [3]), raw=[bytes(8), encode_texts("a", "b", "c")])
+    block = rows.to_block(Terms(0, 1), Listener())
+    assert isinstance(block, VariableBlock)
+    assert block.count_bytes(0, 1) == 8 + 15
+
+
+def test_errors_tell_its_shapes_as_they_came() -> None:
+    for shape, message in (([2, 3], "which is not FP32[2, 3]"), ([], "which is not FP32[]")):
+        with pytest.raises(InvalidArgument, match=re.escape(message)):
+            whole(tensor("x", "FP32", shape), raw=[bytes(5)])
+    with pytest.raises(InvalidArgument, match=r"^input 'x' has shape \[-1\]$"):
+        whole(tensor("x", "FP32", [-1]), raw=[bytes(5)])
+
+
+def test_its_answer_has_no_dimension_of_rows() -> None:
+    head = whole(tensor("x", "FP32", [2]), raw=[bytes(8)]).head
+    outputs = (Tensor("o", "FP32", (1, 3), bytes(12)), Tensor("s", "FP32", (1,), bytes(4)))
+    for response in (
+        of_tensors(head, "7", outputs, ""),
+        Responses().of_batch(head, "7", BatchAnswer(outputs, "b", 1, "r", 0.0, 1.0), 0),
+    ):
+        assert [list(output.shape) for output in response.outputs] == [[3], []]
+
+
+# Answers
 
 
 def test_a_head_that_is_too_long_is_refused_whatever_it_is_made_of() -> None:
@@ -212,7 +350,7 @@ def test_what_a_request_lists_is_counted_before_it_is_looked_at() -> None:
     message = "inputs, outputs, dimensions and parameters take 8208 characters or more, at most 8192 are allowed"
     assert refusal(many_outputs) == refusal(many_parameters) == refusal(of_an_input) == message
     del many_outputs.outputs[-2:]
-    assert rows_of_request(many_outputs).rows == 1
+    assert rows_of_request(many_outputs).head.rows == 1
 
 
 @pytest.mark.parametrize("datatype", ["BYTES", "FP32"])
@@ -239,7 +377,7 @@ def test_rows_of_one_width_cost_nothing_each() -> None:
     message = request(tensor("x", "BOOL", [len(data)]), raw=[data])
     tracemalloc.start()
     try:
-        assert rows_of_request(message).rows == len(data)
+        assert rows_of_request(message).head.rows == len(data)
         assert tracemalloc.get_traced_memory()[1] < 4 * len(data)
     finally:
         tracemalloc.stop()
@@ -292,7 +430,114 @@ def test_outputs_are_chosen_in_the_order_asked_for() -> None:
         choose(outputs, ["d"])
 
 
+def head_of(message: pb.ModelInferRequest) -> Head:
+    return rows_of_request(message).head
+
+
 def test_an_answer_is_raw_and_names_its_request() -> None:
-    response = to_response(pb.ModelInferRequest(model_name="m", id="7"), [Tensor("o", "FP32", (1, 1), bytes(4))])
+    response = of_tensors(head_of(one_row()), "7", [Tensor("o", "FP32", (1, 1), bytes(4))], "")
     assert (response.model_name, response.id, list(response.outputs[0].shape)) == ("m", "7", [1, 1])
     assert list(response.raw_output_contents) == [bytes(4)]
+
+
+@pytest.mark.parametrize(("asked", "told", "found"), [("", "", ""), ("1", "", "1"), ("", "2", "2"), ("1", "1", "1")])
+def test_the_version_is_the_backends_else_the_one_that_was_asked_for(asked: str, told: str, found: str) -> None:
+    message = one_row()
+    message.model_version = asked
+    head = head_of(message)
+    tensors = (Tensor("o", "FP32", (1,), bytes(4)),)
+    batch = BatchAnswer(tensors, "b", 1, "replica:1", 0.0, 1.0, model_version=told)
+    assert Responses().of_batch(head, "", batch, 0).model_version == found
+    assert of_tensors(head, "", tensors, told).model_version == found
+
+
+def answer(*outputs: Tensor) -> BatchAnswer:
+    return BatchAnswer(outputs, "b", outputs[0].shape[0], "replica:1", 0.0, 1.0)
+
+
+def test_each_request_of_a_batch_has_its_rows_and_the_outputs_it_wants() -> None:
+    plain, wanting = one_row(), one_row()
+    wanting.outputs.add(name="t")
+    given = settings()
+    heads = Heads(given, Models(given))
+    batch = answer(
+        Tensor("o", "FP32", (3, 1), np.arange(3, dtype="<f4").tobytes()),
+        Tensor("t", "BYTES", (3,), encode_texts("a", "bb", "ccc")),
+    )
+    responses = Responses()
+    found = [
+        responses.of_batch(read_with(message, heads).head, str(row), batch, row)
+        for row, message in enumerate((plain, wanting, plain))
+    ]
+    assert [list(one.raw_output_contents) for one in found] == [
+        [np.float32(0).tobytes(), encode_texts("a")],
+        [encode_texts("bb")],
+        [np.float32(2).tobytes(), encode_texts("ccc")],
+    ]
+    assert [one.id for one in found] == ["0", "1", "2"]
+    assert [[output.name for output in one.outputs] for one in found] == [["o", "t"], ["t"], ["o", "t"]]
+    assert list(found[0].outputs[0].shape) == [1, 1]
+
+
+def test_an_output_that_the_answer_lacks_fails_who_wants_it_and_no_other() -> None:
+    wanting = one_row()
+    wanting.outputs.add(name="t")
+    batch = answer(Tensor("o", "FP32", (2,), bytes(8)))
+    responses = Responses()
+    with pytest.raises(InvalidArgument, match="the model has no output 't', only 'o'"):
+        responses.of_batch(head_of(wanting), "", batch, 0)
+    assert responses.of_batch(head_of(one_row()), "", batch, 1).outputs[0].name == "o"
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_who_asks_for_it_is_told_that_the_answer_is_the_last(asks: bool) -> None:
+    message = one_row()
+    message.parameters["triton_enable_empty_final_response"].bool_param = asks
+    response = Responses().of_batch(head_of(message), "", answer(Tensor("o", "FP32", (1,), bytes(4))), 0)
+    assert response.parameters["triton_final_response"].bool_param is asks
+    assert len(response.parameters) == 1
+
+
+def test_an_output_can_be_told_as_its_highest_classes_beside_others_as_they_are() -> None:
+    message = request(tensor("x", "FP32", [2]), raw=[bytes(8)])
+    message.outputs.add(name="o").parameters["classification"].int64_param = 2
+    message.outputs.add(name="p")
+    values = np.array([[9, 9, 9], [0.5, 3, -1], [7, 7, 8]], "<f4")
+    batch = answer(Tensor("o", "FP32", (3, 3), values.tobytes()), Tensor("p", "FP32", (3,), bytes(12)))
+    response = Responses().of_batch(head_of(message), "", batch, 1)
+    assert [(one.name, one.datatype, list(one.shape)) for one in response.outputs] == [
+        ("o", "BYTES", [2, 2]),
+        ("p", "FP32", [2]),
+    ]
+    told = encode_texts("3.000000:1", "0.500000:0", "8.000000:2", "7.000000:0")
+    assert list(response.raw_output_contents) == [told, bytes(8)]
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "values", "classes", "told"),
+    [
+        ("UINT8", (1, 3), [0, 2, 1], 2, ["2:1", "1:2"]),
+        ("INT64", (1, 3), [-(2**63), 2**62, 0], 5, [f"{2**62}:1", "0:2", f"{-(2**63)}:0"]),
+        ("UINT64", (1, 2), [2**64 - 1, 0], 1, [f"{2**64 - 1}:0"]),
+        ("FP64", (2,), [1, 2], 1, ["1.000000:0", "2.000000:0"]),
+        ("INT32", (1, 2, 2), [1, 2, 4, 3], 2, ["4:2", "3:3"]),
+        ("FP32", (1, 0), [], 2, []),
+    ],
+)
+def test_classes_are_values_with_their_places(
+    datatype: str, shape: tuple[int, ...], values: list[float], classes: int, told: list[str]
+) -> None:
+    types = {"UINT8": "u1", "INT64": "<i8", "UINT64": "<u8", "FP64": "<f8", "INT32": "<i4", "FP32": "<f4"}
+    data = np.array(values, types[datatype]).tobytes()
+    found = classify(Tensor("o", datatype, shape, data), classes, is_batched=True)
+    assert (found.datatype, found.shape) == ("BYTES", (shape[0], len(told) // shape[0]))
+    assert found.data == encode_texts(*told)
+
+
+def test_what_has_no_order_or_no_end_is_no_class() -> None:
+    with pytest.raises(InvalidArgument, match=re.escape("output 'o', BYTES[1], cannot be told as classes")):
+        classify(Tensor("o", "BYTES", (1,), encode_texts("a")), 1, is_batched=True)
+    with pytest.raises(InvalidArgument, match=re.escape("output 'o', FP16[2], cannot be told as classes")):
+        classify(Tensor("o", "FP16", (1, 2), bytes(4)), 1, is_batched=False)
+    with pytest.raises(InvalidArgument, match="output 'o': 131073 classes, at most 131072 are told at once"):
+        classify(Tensor("o", "INT8", (1, 131_073), bytes(131_073)), 2**40, is_batched=True)

@@ -253,5 +253,5 @@ def test_where_a_native_row_is_answered_from(
 
 def test_a_vector_output_that_is_not_there_is_told_by_its_setting() -> None:
     info = told(outputs=[("a", "FP32", (-1,))])
-    with pytest.raises(InvalidArgument, match="^the model has no output 'b', as vector_output says, only 'a'$"):
+    with pytest.raises(InvalidArgument, match=r"^the model has no output 'b', as vector_output says, only 'a'$"):
         rules.native_output(info, "b")

@@ -1,0 +1,52 @@
+"""Classification: an output's highest values with their places, as Triton tells them for an output's `classification`.
+
+Each becomes a BYTES element `value:index`, the highest first, of equal ones the first. (Triton adds a label where the
+model's configuration has labels; nobody tells us those.)
+"""
+
+import math
+
+import numpy as np
+
+from router.core.elements import LENGTH
+from router.core.types import BYTES, Tensor
+from router.errors import InvalidArgument
+
+# Elements told in one output: each is a text, and the others wait meanwhile.
+MAX_CLASSES = 131_072
+
+_TYPES = {
+    "UINT8": "u1",
+    "UINT16": "<u2",
+    "UINT32": "<u4",
+    "UINT64": "<u8",
+    "INT8": "i1",
+    "INT16": "<i2",
+    "INT32": "<i4",
+    "INT64": "<i8",
+    "FP32": "<f4",
+    "FP64": "<f8",
+}
+
+
+def classify(tensor: Tensor, classes: int, *, is_batched: bool) -> Tensor:
+    """(rows, …) to (rows, classes) BYTES, fewer where a row has fewer elements; `is_batched`: for the error's text.
+
+    Raises InvalidArgument for a datatype that Triton does not classify either, and when it would take too long.
+    """
+    if tensor.datatype not in _TYPES:
+        shape = list(tensor.shape if is_batched else tensor.shape[1:])
+        raise InvalidArgument(f"output {tensor.name!r}, {tensor.datatype}{shape}, cannot be told as classes")
+    rows, elements = tensor.shape[0], math.prod(tensor.shape[1:])
+    values = np.frombuffer(tensor.data, _TYPES[tensor.datatype]).reshape(rows, elements)
+    most = min(classes, elements)
+    if rows * most > MAX_CLASSES:
+        raise InvalidArgument(f"output {tensor.name!r}: {rows * most} classes, at most {MAX_CLASSES} are told at once")
+    # Backwards and stable: so of equal ones the first comes first, whatever the type (a negated 0 of UINT8 is 0).
+    places = elements - 1 - np.argsort(values[:, ::-1], axis=1, kind="stable")[:, ::-1][:, :most]
+    pattern = "{:f}:{}" if tensor.datatype.startswith("FP") else "{}:{}"
+    chosen = np.take_along_axis(values, places, axis=1)
+    texts = [
+        pattern.format(*pair).encode() for pair in zip(chosen.ravel().tolist(), places.ravel().tolist(), strict=True)
+    ]
+    return Tensor(tensor.name, BYTES, (rows, most), b"".join([LENGTH.pack(len(text)) + text for text in texts]))
