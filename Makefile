@@ -9,6 +9,7 @@ LOAD_ARGS ?=
 BIN := .venv/bin
 VENV := .venv/.synced
 LOAD_VENV := .venv-load/.synced
+TRITON_VENV := .venv-triton/.synced
 MLSERVER_VENV := .venv-mlserver/.synced
 GHZ_VERSION := v0.121.0
 GHZ := .tools/ghz-$(GHZ_VERSION)
@@ -16,7 +17,8 @@ GHZ := .tools/ghz-$(GHZ_VERSION)
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-mlserver install run test soak grid bench bench-mlserver example-digits load-rest load-grpc check format protos lock clean
+.PHONY: help venv venv-mlserver venv-triton install run test interop soak grid bench bench-mlserver example-digits \
+	load-rest load-grpc check format protos lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +39,9 @@ run: $(VENV) ## start mock, router and gateway; Ctrl-C drains and stops them
 
 test: $(VENV) ## run all tests, three files at a time; PYTEST_ARGS="-k batch -x" for some, TEST_WORKERS=0 for one by one
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+interop: $(VENV) ## test with other people's clients and servers, and list the cases; PYTEST_ARGS as for test
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --interop-cases $(PYTEST_ARGS) tests/interop
 
 soak: $(VENV) ## the rows of the reliability plan at their full counts, hours; SOAK_ARGS="kills cancels" for some
 	@$(BIN)/python -m tests.reliability --full $(SOAK_ARGS)
@@ -78,6 +83,14 @@ $(MLSERVER_VENV): requirements-mlserver.txt | $(VENV)
 	@tools/uv.sh pip sync --quiet --require-hashes --compile-bytecode --python .venv-mlserver/bin/python requirements-mlserver.txt
 	@touch $@
 
+venv-triton: $(TRITON_VENV) ## create or update .venv-triton: a real Triton, 310 MB, for the interoperability tests
+
+$(TRITON_VENV): requirements-triton.txt | $(VENV)
+	@echo "making .venv-triton from requirements-triton.txt"
+	@$(BIN)/python -m venv --clear --without-pip .venv-triton
+	@tools/uv.sh pip sync --quiet --require-hashes --compile-bytecode --python .venv-triton/bin/python requirements-triton.txt
+	@touch $@
+
 $(GHZ):
 	@command -v go >/dev/null || { echo "make load-grpc: Go is needed to install ghz, and there is no go" >&2; exit 1; }
 	@echo "installing ghz $(GHZ_VERSION) into .tools"
@@ -114,7 +127,9 @@ lock: $(VENV) ## resolve the requirement files anew; LOCK_ARGS=--upgrade for new
 		--group load -o requirements-load.txt
 	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
 		--group mlserver -o requirements-mlserver.txt
+	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
+		--group triton -o requirements-triton.txt
 
 clean: ## remove .venv and every cache
-	rm -rf .venv .venv-load .venv-mlserver .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf .venv .venv-load .venv-mlserver .venv-triton .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
