@@ -53,7 +53,7 @@ grid: $(VENV) ## the release against a plain one over 528 kinds of model and tra
 bench: $(VENV) ## measure speed, about nine minutes; BENCH_ARGS="--quick" for one and a half
 	@$(BIN)/python -m bench $(BENCH_ARGS)
 
-bench-mlserver: $(VENV) $(MLSERVER_VENV) ## measure MLServer behind the router beside its own batching, about two minutes; BENCH_ARGS="--quick"
+bench-mlserver: $(VENV) $(MLSERVER_VENV) ## measure MLServer behind the router beside its own batching, about four minutes; BENCH_ARGS="--quick"
 	@$(BIN)/python -m bench.mlserver $(BENCH_ARGS)
 
 example-digits: $(VENV) var/digits/test.npz ## a real network at MLServer, asked through router and gateway: is every answer right?
