@@ -45,7 +45,7 @@ class Head:
     """A checked head. `sizes`: bytes of each input's raw contents, -1 for BYTES; `timeout_s`: as the request asks.
 
     `outputs`: the names that are wanted, all when empty; `classes`: as how many classes each of them is to be told, 0
-    for as it is; empty when none is. `wants_final`: the answer shall say that no other follows.
+    for as it is; empty when none is.
     """
 
     target: Target
@@ -55,7 +55,6 @@ class Head:
     is_batch_class: bool
     outputs: tuple[str, ...]
     classes: tuple[int, ...]
-    wants_final: bool
 
 
 class Heads:
@@ -107,8 +106,7 @@ class Heads:
         target = self._find_target(whose, specs, kept, tuple(type(value) for _, value in kept))
         outputs, classes = _read_outputs(message.outputs)
         model.check_outputs(outputs)
-        wants_final = parameters.wants_final(asked)
-        return Head(target, rows, _sizes(specs, rows), timeout_s, is_batch_class, outputs, classes, wants_final)
+        return Head(target, rows, _sizes(specs, rows), timeout_s, is_batch_class, outputs, classes)
 
     def _find(self, model_name: str, model_version: str, agent_type: str) -> Model:
         if not model_name:

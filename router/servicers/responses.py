@@ -11,7 +11,6 @@ from router.core.types import BYTES, BatchAnswer, Tensor
 from router.errors import InvalidArgument, ModelFailed
 from router.servicers.classification import classify
 from router.servicers.heads import Head
-from router.servicers.parameters import IS_FINAL
 
 
 class Responses:
@@ -74,8 +73,6 @@ def _form(head: Head, outputs: Sequence[tuple[Tensor, tuple[int, ...]]], model_v
     for tensor, shape in outputs:
         whole = shape if key.is_batched else shape[1:]
         response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=whole)
-    if head.wants_final:
-        response.parameters[IS_FINAL].bool_param = True
     return response
 
 

@@ -489,15 +489,6 @@ def test_an_output_that_the_answer_lacks_fails_who_wants_it_and_no_other() -> No
     assert responses.of_batch(head_of(one_row()), "", batch, 1).outputs[0].name == "o"
 
 
-@pytest.mark.parametrize("asks", [True, False])
-def test_who_asks_for_it_is_told_that_the_answer_is_the_last(asks: bool) -> None:
-    message = one_row()
-    message.parameters["triton_enable_empty_final_response"].bool_param = asks
-    response = Responses().of_batch(head_of(message), "", answer(Tensor("o", "FP32", (1,), bytes(4))), 0)
-    assert response.parameters["triton_final_response"].bool_param is asks
-    assert len(response.parameters) == 1
-
-
 def test_an_output_can_be_told_as_its_highest_classes_beside_others_as_they_are() -> None:
     message = request(tensor("x", "FP32", [2]), raw=[bytes(8)])
     message.outputs.add(name="o").parameters["classification"].int64_param = 2
