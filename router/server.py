@@ -18,6 +18,7 @@ from prometheus_client import start_http_server
 from router.backends import Backends
 from router.config import BackendSettings, Settings, check_same_process
 from router.dataplane import DataPlane
+from router.dispatch.certificates import Certificates
 from router.dispatch.pool import ReplicaPool, Rules
 from router.dispatch.replica import Replica
 from router.metrics import Metrics
@@ -76,6 +77,7 @@ def make_pool(settings: Settings, backend: BackendSettings) -> ReplicaPool:
         max_message_bytes=settings.limits.max_backend_message_bytes,
         max_in_flight=backend.max_in_flight_total,
         protocol=backend.protocol,
+        certificates=Certificates(backend.tls) if backend.tls else None,
     )
     rules = Rules(
         max_in_flight=backend.max_in_flight,
@@ -83,6 +85,7 @@ def make_pool(settings: Settings, backend: BackendSettings) -> ReplicaPool:
         probe_interval_s=backend.probe_interval_s,
         batch_timeout_s=settings.batch_timeout_s,
         resolve_interval_s=backend.resolve_interval_s,
+        max_in_flight_total=backend.max_in_flight_total,
     )
     return ReplicaPool(connect, backend.addresses, rules)
 

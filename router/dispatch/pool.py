@@ -8,6 +8,7 @@ It moves whole batches: no gRPC, no callers, no rows. Decisions are plain calls;
 import asyncio
 import functools
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Rules:
     `max_in_flight`: batches at a time per replica and model, 0: no limit. `ejection_s`: how long a replica that fails
     is left alone the first time. `probe_interval_s`: how often each is asked for a sign of life, 0: never.
     `batch_timeout_s`: how long a batch may take of which nothing else is known. `resolve_interval_s`: how often names
-    are looked up again.
+    are looked up again. `max_in_flight_total`: for how many batches a replica has room, whatever their models.
     """
 
     max_in_flight: int
@@ -43,6 +44,7 @@ class Rules:
     probe_interval_s: float
     batch_timeout_s: float
     resolve_interval_s: float
+    max_in_flight_total: int = sys.maxsize
 
 
 class ReplicaPool:
@@ -93,7 +95,7 @@ class ReplicaPool:
         """The slots of a model; its keys share them."""
         slots = self._slots.get(model)
         if slots is None:
-            slots = self._slots[model] = ModelSlots(self._members, self._max_in_flight)
+            slots = self._slots[model] = ModelSlots(self._members, self._max_in_flight, self._rules.max_in_flight_total)
         return slots
 
     def set_addresses(self, entries: Iterable[str]) -> None:
