@@ -15,6 +15,7 @@ from router_client import Agent, RouterClient
 from tests.acceptance.processes import fixed_ports
 from tests.interop.asking import Asked, Client, Given, GrpcAio
 from tests.interop.cases import error_of
+from tests.interop.report import NOTE
 from tests.interop.stack import started_router
 from tests.interop.triton import started_triton, why_not
 from tests.interop.values import Array, vectors
@@ -155,7 +156,7 @@ async def test_rows_of_64_callers_share_triton_s_executions(
     )
     after = await counted()
     rows, executions = after[0] - before[0], after[1] - before[1]
-    record_property("note", f"{protocol}: {rows} rows in {executions} executions")
+    record_property(NOTE, f"{protocol}: {rows} rows in {executions} executions")
     assert (rows, rows / executions > MAX_BATCH / 2) == (256, True)
 
 
