@@ -60,7 +60,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         server = Served(fixed_ports(3), directory / "workspace")
         stack.callback(server.stop)
         server.start()
-        backends = {name: {"addresses": [server.address], "protocol": name} for name in PROTOCOLS}
+        backends = {name: {"addresses": [server.address], "protocol": name, "max_in_flight": 1} for name in PROTOCOLS}
         models = [{"match": {"agent_type": name}, "backend": name} for name in PROTOCOLS]
         server.router, _ = stack.enter_context(started_router(directory, backends, [*models, {"backend": "stream"}]))
         yield server
