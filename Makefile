@@ -53,7 +53,7 @@ grid: $(VENV) ## the release against a plain one over 528 kinds of model and tra
 bench: $(VENV) ## measure speed, about nine minutes; BENCH_ARGS="--quick" for one and a half
 	@$(BIN)/python -m bench $(BENCH_ARGS)
 
-bench-mlserver: $(VENV) $(MLSERVER_VENV) ## measure MLServer behind the router beside its own batching, about two minutes; BENCH_ARGS="--quick"
+bench-mlserver: $(VENV) $(MLSERVER_VENV) ## measure MLServer behind the router beside its own batching, about four minutes; BENCH_ARGS="--quick"
 	@$(BIN)/python -m bench.mlserver $(BENCH_ARGS)
 
 example-digits: $(VENV) var/digits/test.npz ## a real network at MLServer, asked through router and gateway: is every answer right?
@@ -80,7 +80,7 @@ venv-mlserver: $(MLSERVER_VENV) ## create or update .venv-mlserver: MLServer, fo
 $(MLSERVER_VENV): requirements-mlserver.txt | $(VENV)
 	@echo "making .venv-mlserver from requirements-mlserver.txt"
 	@$(BIN)/python -m venv --clear --without-pip .venv-mlserver
-	@tools/uv.sh pip sync --quiet --require-hashes --python .venv-mlserver/bin/python requirements-mlserver.txt
+	@tools/uv.sh pip sync --quiet --require-hashes --compile-bytecode --python .venv-mlserver/bin/python requirements-mlserver.txt
 	@touch $@
 
 venv-triton: $(TRITON_VENV) ## create or update .venv-triton: a real Triton, 310 MB, for the interoperability tests

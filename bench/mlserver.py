@@ -1,11 +1,11 @@
 """`python -m bench.mlserver`: MLServer behind the router beside the same MLServer with its own adaptive batching.
 
-    router         callers ─► router ─► MLServer, which answers batch after batch as they come
+    router         callers ─► (gateway ─►) router ─► MLServer, which answers batch after batch as they come
     own N ms       callers ─► MLServer, which waits up to N ms (`max_batch_time`) for a batch to fill
 
-One MLServer for all, with one model for each line; one load process; all cases in every round, in an order drawn anew.
-A model takes 20 ms, however many rows. MLServer's best is whichever of its lines is best, throughput and latency apart.
-Exit status as of `python -m bench`.
+Once over gRPC and once over REST, where the gateway stands before the router. One MLServer for all, with one model for
+each line; one load process; all cases in every round, in an order drawn anew. A model takes 20 ms, however many rows.
+MLServer's best is whichever of its lines is best, throughput and latency apart. Exit status as of `python -m bench`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ from bench.processes import BenchError, Program
 from bench.progress import Progress
 from bench.results import GroupResult, collect
 from bench.runner import measure_rounds
-from bench.systems import BatchCount, Launcher, System, address_of
+from bench.systems import ANY_PORT, BatchCount, Launcher, System, address_of
 from bench.workloads import DIM, INPUT, S1
 from tools.mlserver import MLServer, serving
 
+WAYS = {"infer": "gRPC", "rest-infer": "REST"}
+"""As of bench.clients, and their titles."""
 ROUTER = "router"
 PLAIN = "plain"  # the model without batching of its own
 CALLERS = 64
@@ -53,6 +55,19 @@ that have no part in the case."""
 
 
 @dataclass(frozen=True, slots=True)
+class Extent:
+    """How much is measured."""
+
+    rounds: int
+    warm_s: float
+    seconds: float
+
+
+FULL = Extent(rounds=3, warm_s=1.0, seconds=4.0)
+QUICK = Extent(rounds=1, warm_s=0.5, seconds=1.5)
+
+
+@dataclass(frozen=True, slots=True)
 class Served(System):
     """A model of MLServer, asked directly or through a router; it counts its batches itself."""
 
@@ -67,12 +82,12 @@ def main(arguments: list[str]) -> int:
     """Measure and report."""
     options = _parse(arguments)
     described = surroundings.describe(arguments, {}, "bench.mlserver")
-    group = _quick() if options.quick else _full()
+    plan = [_group(way, QUICK if options.quick else FULL) for way in WAYS]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, as_if_interrupted)
     try:
-        with contextlib.closing(Progress(group.estimate_s + START_S)) as progress:
-            found = asyncio.run(_run(group, progress))
+        with contextlib.closing(Progress(START_S + sum(group.estimate_s for group in plan))) as progress:
+            found = asyncio.run(_run(plan, progress))
     except BenchError as exc:
         print(f"bench: {exc}", file=sys.stderr)
         return 1
@@ -80,7 +95,8 @@ def main(arguments: list[str]) -> int:
         print("bench: interrupted", file=sys.stderr)
         return INTERRUPTED
     print(f"{surroundings.one_line(described)}\n{described['command']}, {described['started_at']}\n")
-    print(f"{report.tables([found])}\n\n{compare(found)}\n\n{NOTES}\n")
+    print("\n\n".join(f"{report.tables([group])}\n\n{compare(group)}" for group in found))
+    print(f"\n{NOTES}\n")
     _write(found, described, options.output)
     return 0
 
@@ -103,24 +119,16 @@ def _p99(figures: Figures) -> float:
     return figures.p99_ms or float("inf")
 
 
-def _full() -> Group:
-    return _group(rounds=3, warm_s=1.0, seconds=4.0)
-
-
-def _quick() -> Group:
-    return _group(rounds=1, warm_s=0.5, seconds=1.5)
-
-
-def _group(*, rounds: int, warm_s: float, seconds: float) -> Group:
+def _group(way: str, extent: Extent) -> Group:
     systems = (ROUTER, *(_own(time_ms) for time_ms in BATCH_TIMES_MS))
     return Group(
-        "mlserver",
-        f"A model of MLServer that takes {LATENCY_S * 1e3:g} ms per call, closed loop",
+        way,
+        f"{WAYS[way]}: a model of MLServer that takes {LATENCY_S * 1e3:g} ms per call, closed loop",
         Setting(latency_s=LATENCY_S, max_in_flight=1),
         [Case(system, S1.name, CALLERS) for system in systems],
-        rounds,
-        warm_s,
-        seconds,
+        extent.rounds,
+        extent.warm_s,
+        extent.seconds,
         tail_s=0.2,
     )
 
@@ -129,59 +137,39 @@ def _own(time_ms: int) -> str:
     return f"own {time_ms} ms"
 
 
-async def _run(group: Group, progress: Progress) -> GroupResult:
+async def _run(plan: Sequence[Group], progress: Progress) -> list[GroupResult]:
     """What is started here is ended here."""
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         async with AsyncExitStack() as stack:
-            progress.show("starting MLServer and the router", always=True)
+            progress.show("starting MLServer, router and gateway", always=True)
             directory = Path(scratch)
             launcher = Launcher(stack, directory)
             load = await launcher.start("load process", "bench.load")
-            repository = _make_repository(directory, group)
+            repository = _make_repository(directory)
             server = await stack.enter_async_context(serving(repository))
-            systems = await _systems(group, launcher, server, repository)
-            progress.advance(START_S + group.start_s)
-            return collect(group, await measure_rounds(group, systems, [load], progress))
+            router = await _start_router(launcher, server.address)
+            gateway = await launcher.start(
+                "gateway", "rest_gateway", GATEWAY_LISTEN=ANY_PORT, GATEWAY_ROUTER=await address_of(router)
+            )
+            progress.advance(START_S)
+            found = []
+            for group in plan:
+                systems = await _systems(group, server, router, gateway, repository)
+                progress.advance(group.start_s)
+                found.append(collect(group, await measure_rounds(group, systems, [load], progress)))
+            return found
 
 
-def _make_repository(directory: Path, group: Group) -> Path:
-    """One model for the router, and one for each of MLServer's lines."""
-    repository = directory / "repository"
-    _add_model(repository, PLAIN, group)
-    for time_ms in BATCH_TIMES_MS:
-        batching = {"max_batch_size": MAX_BATCH_SIZE, "max_batch_time": time_ms / 1e3}
-        _add_model(repository, _model_name(_own(time_ms)), group, batching)
-    return repository
-
-
-def _model_name(system: str) -> str:
-    return PLAIN if system == ROUTER else system.replace(" ", "-")
-
-
-def _add_model(repository: Path, name: str, group: Group, batching: Mapping[str, float] | None = None) -> None:
-    folder = repository / name
-    folder.mkdir(parents=True)
-    shutil.copy(MODEL, folder)
-    settings = {
-        "name": name,
-        "implementation": f"{MODEL.stem}.SlowModel",
-        "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, DIM]}],
-        "outputs": [{"name": "output", "datatype": "FP32", "shape": [-1, DIM]}],
-        "parameters": {"extra": {"latency_s": group.setting.latency_s}},
-        **(batching or {}),
-    }
-    (folder / "model-settings.json").write_text(json.dumps(settings))
-
-
-async def _systems(group: Group, launcher: Launcher, server: MLServer, repository: Path) -> dict[str, System]:
-    """One for each case."""
-    router = await _start_router(launcher, group, server.address)
-    addresses = {ROUTER: await address_of(router)}
+async def _systems(
+    group: Group, server: MLServer, router: Program, gateway: Program, repository: Path
+) -> dict[str, System]:
+    """One for each case: the router's, and MLServer alone."""
+    is_rest = group.name == "rest-infer"
+    front = Served(group.name, await address_of(gateway if is_rest else router), router, gateway if is_rest else None)
+    alone = Served(group.name, server.rest_address if is_rest else server.address)
     return {
-        name: Served(
-            "infer",
-            addresses.get(name, server.address),
-            router if name == ROUTER else None,
+        name: replace(
+            front if name == ROUTER else alone,
             mocks=[server.program],
             model_name=_model_name(name),
             count_file=repository / _model_name(name) / "count",
@@ -190,26 +178,53 @@ async def _systems(group: Group, launcher: Launcher, server: MLServer, repositor
     }
 
 
-async def _start_router(launcher: Launcher, group: Group, backend: str) -> Program:
+async def _start_router(launcher: Launcher, backend: str) -> Program:
     config = {
-        "backends": {
-            "mlserver": {"addresses": [backend], "protocol": "unary", "max_in_flight": group.setting.max_in_flight}
-        },
+        "backends": {"mlserver": {"addresses": [backend], "protocol": "unary", "max_in_flight": 1}},
         "models": [{"backend": "mlserver", "max_batch_size": MAX_BATCH_SIZE}],
     }
     return await launcher.start_router(ROUTER, config)
 
 
-def _write(found: GroupResult, described: dict[str, Any], directory: Path) -> None:
+def _make_repository(directory: Path) -> Path:
+    """One model for the router, and one for each of MLServer's lines."""
+    repository = directory / "repository"
+    _add_model(repository, PLAIN)
+    for time_ms in BATCH_TIMES_MS:
+        batching = {"max_batch_size": MAX_BATCH_SIZE, "max_batch_time": time_ms / 1e3}
+        _add_model(repository, _model_name(_own(time_ms)), batching)
+    return repository
+
+
+def _model_name(system: str) -> str:
+    return PLAIN if system == ROUTER else system.replace(" ", "-")
+
+
+def _add_model(repository: Path, name: str, batching: Mapping[str, float] | None = None) -> None:
+    folder = repository / name
+    folder.mkdir(parents=True)
+    shutil.copy(MODEL, folder)
+    settings = {
+        "name": name,
+        "implementation": f"{MODEL.stem}.SlowModel",
+        "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, DIM]}],
+        "outputs": [{"name": "output", "datatype": "FP32", "shape": [-1, DIM]}],
+        "parameters": {"extra": {"latency_s": LATENCY_S}},
+        **(batching or {}),
+    }
+    (folder / "model-settings.json").write_text(json.dumps(settings))
+
+
+def _write(found: Sequence[GroupResult], described: dict[str, Any], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     stem = "mlserver-" + described["started_at"].translate(str.maketrans("", "", "-:"))[:15]
-    document = json.dumps(report.document([found], described), indent=1, ensure_ascii=False)
+    document = json.dumps(report.document(found, described), indent=1, ensure_ascii=False)
     write_file(directory / f"{stem}.json", document + "\n")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.mlserver", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="one short round: half a minute, rough figures")
+    parser.add_argument("--quick", action="store_true", help="one short round: less than a minute, rough figures")
     parser.add_argument("--output", type=Path, default=DEFAULT_DIRECTORY, metavar="DIR", help="default var/bench")
     return parser.parse_args(arguments)
 

@@ -8,21 +8,26 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc.aio
+import httpx
 
 from bench.processes import BenchError, Program, running
-from protos.open_inference import open_inference_pb2 as pb
-from protos.open_inference import open_inference_pb2_grpc as pb_grpc
 from tools.load import free_ports
 from tools.run import ROOT
 
 ENVIRONMENT = ROOT / ".venv-mlserver"
 PYTHON = ENVIRONMENT / "bin/python"
-# Its log goes to stdout, which nobody reads.
-COMMAND = ("/bin/sh", "-c", 'exec "$0" start "$1" >&2', str(ENVIRONMENT / "bin/mlserver"))
+# Its log goes to stdout, which nobody reads. And it ends with the process that started it; the bench's own way to see
+# to that needs a fork, which a process that speaks gRPC must not do.
+LAUNCH = """
+import ctypes, os, signal, sys
+os.dup2(2, 1)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, which outlives exec
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+COMMAND = (str(PYTHON), "-I", "-S", "-c", LAUNCH, str(ENVIRONMENT / "bin/mlserver"), "start")
 LOAD_TIMEOUT_S = 60.0
 ASK_AGAIN_S = 0.05
-OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +62,16 @@ async def serving(
     (repository / "settings.json").write_text(json.dumps({**settings, "metrics_endpoint": None, "debug": False}))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLSERVER_")}
     async with running(
-        "MLServer", str(repository), environment=environment, directory=repository, command=COMMAND
+        "MLServer",
+        str(repository),
+        environment=environment,
+        directory=repository,
+        command=COMMAND,
+        ends_with_parent=False,
     ) as program:
         await program.wait_for("gRPC server running")
-        await _until_ready(f"127.0.0.1:{grpc_port}", _models(repository))
+        await program.wait_for("Uvicorn running")
+        await _until_ready(f"127.0.0.1:{rest_port}", _models(repository))
         yield MLServer(program, f"127.0.0.1:{grpc_port}", f"127.0.0.1:{rest_port}")
 
 
@@ -68,21 +79,12 @@ def _models(repository: Path) -> list[str]:
     return [file.parent.name for file in repository.glob("*/model-settings.json")]
 
 
-async def _until_ready(address: str, models: Sequence[str]) -> None:
-    """It answers before it has loaded them."""
+async def _until_ready(rest_address: str, models: Sequence[str]) -> None:
+    """It answers before it has loaded them. Asked over REST: who starts programs afterwards must not have used gRPC."""
     try:
-        async with asyncio.timeout(LOAD_TIMEOUT_S), grpc.aio.insecure_channel(address, OPTIONS) as channel:
-            stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        async with asyncio.timeout(LOAD_TIMEOUT_S), httpx.AsyncClient(trust_env=False) as client:
             for model in models:
-                while not await _is_ready(stub, model):  # noqa: ASYNC110 -- it tells nobody
+                while (await client.get(f"http://{rest_address}/v2/models/{model}/ready")).is_error:  # noqa: ASYNC110
                     await asyncio.sleep(ASK_AGAIN_S)
     except TimeoutError as exc:
         raise BenchError(f"MLServer has not loaded {', '.join(models)} within {LOAD_TIMEOUT_S:g} s") from exc
-
-
-async def _is_ready(stub: "pb_grpc.GRPCInferenceServiceAsyncStub", model: str) -> bool:
-    """Of a model that it does not know yet it says UNKNOWN."""
-    try:
-        return (await stub.ModelReady(pb.ModelReadyRequest(name=model))).ready
-    except grpc.aio.AioRpcError:
-        return False
