@@ -22,6 +22,7 @@ SOURCES = {
     "requirements-dev.txt": (PROJECT, "dev"),
     "requirements-load.txt": ("load",),
     "requirements-mlserver.txt": ("mlserver",),
+    "requirements-triton.txt": ("triton",),
 }
 # One pin with its hashes and the comment that tells who wants it, as `uv pip compile` writes them. A package that has
 # different versions for different Pythons is pinned more than once, each with a marker.

@@ -1,7 +1,7 @@
 """The list of cases with their results, printed at the end of a run: what others' programs the tests have met.
 
 interop: tritonclient gRPC: 31 passed
-interop: Triton: 9 skipped: .venv-triton is not there (make venv-triton)
+interop: Triton: 23 skipped: Triton is not installed (make venv-triton)
 """
 
 from collections import Counter
@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 
 PROPERTY = "interop"
+# What a test found out, told beneath its system.
+NOTE = "note"
 # In the order in which they are told.
 _OUTCOMES = ("passed", "failed", "error", "skipped")
 
@@ -29,6 +31,7 @@ def lines(stats: dict[str, list[object]], *, with_cases: bool) -> Iterator[str]:
                 systems.setdefault(str(system), []).append((outcome, report))
     for system, cases in sorted(systems.items()):
         yield f"interop: {system}: {_count(cases)}"
+        yield from (f"  {value}" for _, report in cases for name, value in report.user_properties if name == NOTE)
         if with_cases:
             yield from sorted(f"  {outcome:7} {_case(report)}" for outcome, report in cases)
 

@@ -15,6 +15,7 @@ from router_client import Agent, RouterClient
 from tests.acceptance.processes import fixed_ports
 from tests.interop.asking import Asked, Client, Given, GrpcAio
 from tests.interop.cases import error_of
+from tests.interop.report import NOTE
 from tests.interop.stack import started_router
 from tests.interop.triton import started_triton, why_not
 from tests.interop.values import Array, vectors
@@ -59,7 +60,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         server = Served(fixed_ports(3), directory / "workspace")
         stack.callback(server.stop)
         server.start()
-        backends = {name: {"addresses": [server.address], "protocol": name} for name in PROTOCOLS}
+        backends = {name: {"addresses": [server.address], "protocol": name, "max_in_flight": 1} for name in PROTOCOLS}
         models = [{"match": {"agent_type": name}, "backend": name} for name in PROTOCOLS]
         server.router, _ = stack.enter_context(started_router(directory, backends, [*models, {"backend": "stream"}]))
         yield server
@@ -155,7 +156,7 @@ async def test_rows_of_64_callers_share_triton_s_executions(
     )
     after = await counted()
     rows, executions = after[0] - before[0], after[1] - before[1]
-    record_property("note", f"{protocol}: {rows} rows in {executions} executions")
+    record_property(NOTE, f"{protocol}: {rows} rows in {executions} executions")
     assert (rows, rows / executions > MAX_BATCH / 2) == (256, True)
 
 

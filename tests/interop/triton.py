@@ -1,7 +1,9 @@
 """Starts and ends a real Triton; it lives in .venv-triton, since it wants other versions than the project."""
 
 import contextlib
+import ctypes
 import signal
+import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,8 +19,19 @@ def why_not() -> str:
     """Why there is no Triton here; "" if there is one."""
     if not (ROOT / ".venv-triton/.synced").exists():
         return "Triton is not installed (make venv-triton)"
-    stub = ROOT.glob(".venv-triton/lib/python3.*/site-packages/pytriton/tritonserver/bin/tritonserver")
-    return "" if any(stub) else "PyTriton brings no server for this machine"
+    if not any(ROOT.glob(".venv-triton/lib/python3.*/site-packages/pytriton/tritonserver/bin/tritonserver")):
+        return "PyTriton brings no Triton for this machine"
+    return _why_no_python()
+
+
+def _why_no_python() -> str:
+    """Triton runs its Python as a library."""
+    name = f"libpython{sysconfig.get_python_version()}.so.1.0"
+    try:
+        ctypes.CDLL(str(next(Path(sysconfig.get_config_var("LIBDIR")).glob(name), name)))
+    except OSError:
+        return f"Triton needs {name}, which is not here"
+    return ""
 
 
 @contextlib.contextmanager

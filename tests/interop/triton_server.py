@@ -1,6 +1,6 @@
 """A real Triton with models in Python; runs in .venv-triton: `triton_server.py GRPC HTTP METRICS WORKSPACE [MODEL …]`.
 
-scale      batched, at most 16 rows: `features` FP32 [4] -> `scores`, twice as much, and `sums`; 666 in front fails
+scale      batched, at most 16 rows, 20 ms: `features` FP32 [4] -> `scores`, twice as much, and `sums`; 666 fails
 loud       batched: `text` BYTES [1] -> `loud`, in capitals
 total      takes no batches: `matrix` FP32 [-1, 3] -> `total` [1]
 stepwise   decoupled: answers three times
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -24,12 +25,14 @@ from pytriton.triton import Triton, TritonConfig, TritonSecurityConfig
 Arrays = dict[str, "np.ndarray[tuple[int, ...], np.dtype[np.float32]]"]
 
 SCALE_MAX_BATCH = 16
+SCALE_CALL_S = 0.02
 BAD_NUMBER = 666.0
 BAD_ROW = "this row is beyond me"
 
 
 @batch
 def scale(features):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201 -- PyTriton reads the signature
+    time.sleep(SCALE_CALL_S)
     if (features[:, 0] == BAD_NUMBER).any():
         raise ValueError(BAD_ROW)
     return {"scores": 2 * features, "sums": features.sum(axis=1, keepdims=True)}
