@@ -17,6 +17,7 @@ from examples.digits.__main__ import Truth, load
 from protos.open_inference import open_inference_pb2 as pb
 from router.core.model_info import ModelInfo, ModelReport, ModelState, TensorInfo
 from router.dispatch.replica import Replica
+from router_client import Agent
 from tests.acceptance.processes import fixed_ports
 from tests.interop.mlserver import DIM, PATIENCE_S, Front, add_model, held, infer_request, read, routed
 from tools.mlserver import PYTHON, MLServer, serving, why_missing
@@ -72,6 +73,16 @@ async def test_a_network_answers_every_image_as_it_does_directly(served: Served)
 
     predictions = await asyncio.gather(*(ask(image) for image in served.truth.images))
     assert predictions == served.truth.predictions.tolist()
+
+
+async def test_it_answers_native_agents_too(served: Served) -> None:
+    """Their rows come as float32 and go as float32, whatever the model's integers are."""
+    agents = {
+        f"{number}": Agent(model_name="digits", vector=image.tolist())
+        for number, image in enumerate(served.truth.images)
+    }
+    results = await served.front.native.predict(agents, timeout_s=PATIENCE_S)
+    assert [results[name].output for name in agents] == [[digit] for digit in served.truth.predictions.tolist()]
 
 
 async def test_rows_of_many_callers_share_a_batch(served: Served) -> None:
