@@ -31,6 +31,8 @@ from router.errors import (
     DeadlineExceeded,
     InternalError,
     ModelFailed,
+    NotFound,
+    Refused,
     ResourceExhausted,
     Unavailable,
 )
@@ -55,6 +57,7 @@ class Batcher:
         retries: int,
         contract: Contract,
         next_batch_id: Callable[[], str],
+        on_absent: Callable[[], None],
         metrics: Metrics,
     ) -> None:
         self._key = key
@@ -63,6 +66,8 @@ class Batcher:
         self._contract = contract
         self._hedging = Hedging(policy.service_times, self._may_hedge, is_allowed=retries > 0)
         self._next_batch_id = next_batch_id
+        # Told when the backend has no such model.
+        self._on_absent = on_absent
         self._accepted_rows = metrics.rows
         self._batch_rows = metrics.batch_rows.labels(backend)
         self._batch_seconds = metrics.batch_seconds.labels(backend)
@@ -160,12 +165,16 @@ class Batcher:
             patience_s=patience_s,
         )
         self._policy = change_policy(self._policy, max_in_flight, max_queue_delay_s)
-        self._recovery.retries = retries
+        self.set_retries(retries)
         self._contract = contract
-        self._hedging.is_allowed = retries > 0
         self._update_admission()
         if self._queue.rows:
             self._pump_soon()
+
+    def set_retries(self, retries: int) -> None:
+        """Try rows again so often from now on; 0: send nothing twice, copies of what stalls included."""
+        self._recovery.retries = retries
+        self._hedging.is_allowed = retries > 0
 
     def recount(self) -> None:
         """Tell the budget what waits of each tenant, after its bounds have changed."""
@@ -352,6 +361,8 @@ class Batcher:
         try:
             answer = await self._pool.infer(batch, slot, self._hedging)
         except BackendError as error:
+            if isinstance(error, Refused) and error.as_caller_error is NotFound:
+                self._on_absent()
             self._recovery.failed(batch, error, slot.seat.member.address)
         except asyncio.CancelledError:
             fail(batch.parts, Unavailable("the router shut down before the call was answered"))

@@ -158,6 +158,7 @@ class BackendSettings(Section):
     `ejection_s`: how long a replica that fails, or is three times as slow as its peers, gets no batch the first time.
     `probe_interval_s`: how often a replica is asked whether it lives and is ready; 0: never.
     `resolve_interval_s`: how often names among the addresses are looked up again.
+    `model_interval_s`: how often it is asked again about the models that are in use; 0: only once about each.
     """
 
     addresses: list[Replicas] = Field(min_length=1)
@@ -168,6 +169,7 @@ class BackendSettings(Section):
     ejection_s: PositiveSeconds = 30
     probe_interval_s: Seconds = 4
     resolve_interval_s: PositiveSeconds = 5
+    model_interval_s: Seconds = 5
 
     @model_validator(mode="after")
     def _check_addresses(self) -> Self:
@@ -312,6 +314,15 @@ class Settings(BaseSettings):
     def route(self, model_name: str, agent_type: str) -> ModelSettings | None:
         """The settings of a model's rows; the first match wins. None: the model is not served."""
         return next((model for model in self.models if model.matches(model_name, agent_type)), None)
+
+    def find_model(self, model_name: str) -> ModelSettings | None:
+        """The settings of a model for some agent type: for none, if they match that, else for the first that do."""
+        by_name = (model for model in self.models if fnmatch.fnmatchcase(model_name, model.match.model_name))
+        return self.route(model_name, "") or next(by_name, None)
+
+    def model_names(self) -> list[str]:
+        """The models that are named as they are, without a pattern."""
+        return [model.match.model_name for model in self.models if not set("*?[") & set(model.match.model_name)]
 
     def to_yaml(self) -> str:
         """The effective settings as a file that would give the same."""

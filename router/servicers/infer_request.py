@@ -171,6 +171,7 @@ class InferRequest:
             await self._around.models.learn(*model, rows=1, nbytes=nbytes, deadline=deadline, tenant=tenant)
         except RouterError as error:
             self._learning = None
+            self._around.plane.count_refusal(error, 1)
             self._end(error)
             return
         self._learning = None
