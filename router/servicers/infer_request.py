@@ -194,7 +194,7 @@ class InferRequest:
             self.response = self._front.responses.of_batch(rows.head, self._message.id, answer, offset)
             self._end(None)
             return
-        self._pieces[part.first] = responses.cut(answer, rows.head.outputs, offset, part.rows)
+        self._pieces[part.first] = responses.cut(answer, rows.head, offset, part.rows)
         if is_last:
             outputs = responses.join(self._pieces)
             self.response = responses.of_tensors(rows.head, self._message.id, outputs, answer.model_version)

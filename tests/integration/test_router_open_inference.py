@@ -31,7 +31,7 @@ SERVICE = "inference.GRPCInferenceService"
 async def until_connected(router: RouterServer) -> None:
     """Before that nobody answers, and a model is not ready."""
     async with asyncio.timeout(30):
-        while not router.metrics.registry.get_sample_value("router_ready_replicas", {"backend": "mock"}):
+        while not router.metrics.registry.get_sample_value("router_ready_replicas", {"backend": "mock"}):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
@@ -288,3 +288,24 @@ async def test_outputs_are_each_callers_own_in_its_own_order_split_over_batches(
         response = await stub.ModelInfer(request)
         assert [output.name for output in response.outputs] == ["c", "a"]
         assert np.frombuffer(response.raw_output_contents[1], "<i4").tolist() == [1, 2, 3]
+
+
+def moody(request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+    """Outputs `y` and `z`, of which it leaves out `z` when none is named."""
+    response = pb.ModelInferResponse(id=request.id)
+    for name in [output.name for output in request.outputs] or ["y"]:
+        response.outputs.add(name=name, datatype="FP32", shape=request.inputs[0].shape)
+        response.raw_output_contents.append(request.raw_input_contents[0])
+    return response
+
+
+@pytest.mark.parametrize(("are_told", "all_names"), [(True, ["y", "z"]), (False, ["y"])])
+async def test_who_names_no_outputs_has_all_that_are_told_and_who_names_some_has_those(
+    are_told: bool, all_names: Sequence[str]
+) -> None:
+    shape = (-1, 1)
+    told = metadata("m", [("x", "FP32", shape)], [("y", "FP32", shape), ("z", "FP32", shape)])
+    async with in_front_of({"m": ServedModel(told if are_told else None, infer=moody)}) as (stub, _):
+        for wanted, found in (((), all_names), (("z",), ["z"]), (("z", "y"), ["z", "y"])):
+            response = await stub.ModelInfer(whole(1, 1, outputs=wanted))
+            assert [output.name for output in response.outputs] == list(found)
