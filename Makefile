@@ -9,16 +9,19 @@ LOAD_ARGS ?=
 BIN := .venv/bin
 VENV := .venv/.synced
 LOAD_VENV := .venv-load/.synced
+TRITON_VENV := .venv-triton/.synced
+MLSERVER_VENV := .venv-mlserver/.synced
 GHZ_VERSION := v0.121.0
 GHZ := .tools/ghz-$(GHZ_VERSION)
 
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install run test soak grid bench load-rest load-grpc check format protos lock clean
+.PHONY: help venv venv-mlserver venv-triton install run test interop soak grid bench bench-mlserver example-digits \
+	load-rest load-grpc check format protos lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV) ## create or update .venv from requirements-dev.txt (PYTHON=python3.12 to choose)
 
@@ -39,6 +42,9 @@ test: $(VENV) ## run all tests, three files at a time; PYTEST_ARGS="-k batch -x"
 	@$(BIN)/python -m compileall -q protos router router_client rest_gateway mock_nn
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+interop: $(VENV) ## test with other people's clients and servers, and list the cases; PYTEST_ARGS as for test
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --interop-cases $(PYTEST_ARGS) tests/interop
+
 soak: $(VENV) ## the rows of the reliability plan at their full counts, hours; SOAK_ARGS="kills cancels" for some
 	@$(BIN)/python -m tests.reliability --full $(SOAK_ARGS)
 
@@ -48,6 +54,16 @@ grid: $(VENV) ## the release against a plain one over 528 kinds of model and tra
 
 bench: $(VENV) ## measure speed, about nine minutes; BENCH_ARGS="--quick" for one and a half
 	@$(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-mlserver: $(VENV) $(MLSERVER_VENV) ## measure MLServer behind the router beside its own batching, about four minutes; BENCH_ARGS="--quick"
+	@$(BIN)/python -m bench.mlserver $(BENCH_ARGS)
+
+example-digits: $(VENV) var/digits/test.npz ## a real network at MLServer, asked through router and gateway: is every answer right?
+	@$(BIN)/python -m examples.digits
+
+var/digits/test.npz: examples/digits/train.py examples/digits/repository/digits/model-settings.json $(MLSERVER_VENV)
+	@echo "training the network of examples/digits"
+	@.venv-mlserver/bin/python examples/digits/train.py var/digits
 
 load-rest: $(VENV) $(LOAD_VENV) ## put load on REST with locust, 20 s; LOAD_ARGS="--users 200", LOAD_HOST to aim elsewhere
 	@$(BIN)/python -m tools.load rest $(LOAD_ARGS)
@@ -59,6 +75,22 @@ $(LOAD_VENV): requirements-load.txt $(VENV)
 	@echo "making .venv-load from requirements-load.txt"
 	@$(BIN)/python -m venv --clear --without-pip .venv-load
 	@tools/uv.sh pip sync --quiet --require-hashes --python .venv-load/bin/python requirements-load.txt
+	@touch $@
+
+venv-mlserver: $(MLSERVER_VENV) ## create or update .venv-mlserver: MLServer, for example-digits, bench-mlserver and tests
+
+$(MLSERVER_VENV): requirements-mlserver.txt | $(VENV)
+	@echo "making .venv-mlserver from requirements-mlserver.txt"
+	@$(BIN)/python -m venv --clear --without-pip .venv-mlserver
+	@tools/uv.sh pip sync --quiet --require-hashes --compile-bytecode --python .venv-mlserver/bin/python requirements-mlserver.txt
+	@touch $@
+
+venv-triton: $(TRITON_VENV) ## create or update .venv-triton: a real Triton, 310 MB, for the interoperability tests
+
+$(TRITON_VENV): requirements-triton.txt | $(VENV)
+	@echo "making .venv-triton from requirements-triton.txt"
+	@$(BIN)/python -m venv --clear --without-pip .venv-triton
+	@tools/uv.sh pip sync --quiet --require-hashes --compile-bytecode --python .venv-triton/bin/python requirements-triton.txt
 	@touch $@
 
 $(GHZ):
@@ -95,7 +127,11 @@ lock: $(VENV) ## resolve the requirement files anew; LOCK_ARGS=--upgrade for new
 		-c requirements-dev.txt pyproject.toml -o requirements.txt
 	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
 		--group load -o requirements-load.txt
+	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
+		--group mlserver -o requirements-mlserver.txt
+	tools/uv.sh pip compile --quiet --universal --generate-hashes --python-version 3.11 $(LOCK_ARGS) \
+		--group triton -o requirements-triton.txt
 
 clean: ## remove .venv and every cache
-	rm -rf .venv .venv-load .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf .venv .venv-load .venv-mlserver .venv-triton .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     described = surroundings.describe(arguments, environment)
     plan = make_plan(_extent(options))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
-    signal.signal(signal.SIGTERM, _as_if_interrupted)
+    signal.signal(signal.SIGTERM, as_if_interrupted)
     try:
         found = _measure(plan, environment, options.job_databases)
     except BenchError as exc:
@@ -56,7 +56,7 @@ def _measure(plan: Sequence[Group], environment: dict[str, str], databases: Path
         return asyncio.run(run(plan, environment, progress, databases))
 
 
-def _as_if_interrupted(_number: int, _frame: FrameType | None) -> None:
+def as_if_interrupted(_number: int, _frame: FrameType | None) -> None:
     """asyncio.run makes an orderly end of SIGINT: it cancels the run, whose blocks end what they have started."""
     signal.raise_signal(signal.SIGINT)
 
@@ -72,13 +72,13 @@ def _write(found: Sequence[GroupResult], described: dict[str, Any], directory: P
     directory.mkdir(parents=True, exist_ok=True)
     stem = directory / datetime.datetime.fromisoformat(described["started_at"]).strftime("%Y%m%d-%H%M%S")
     document = json.dumps(report.document(found, described), indent=1, ensure_ascii=False)
-    _write_file(stem.with_suffix(".json"), document + "\n")
+    write_file(stem.with_suffix(".json"), document + "\n")
     for group in found:
         if group.group.name == "zero":
-            _write_file(stem.with_suffix(".svg"), chart.draw(group, surroundings.one_line(described)))
+            write_file(stem.with_suffix(".svg"), chart.draw(group, surroundings.one_line(described)))
 
 
-def _write_file(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     path.write_text(text)
     print(f"wrote {path}")
 

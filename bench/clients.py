@@ -14,12 +14,15 @@ import orjson
 from grpc import aio
 
 from bench.orders import Order
-from bench.workloads import AGENT_TYPE, TEXT, WORKLOADS, AgentRow, Workload
+from bench.workloads import AGENT_TYPE, DIM, INPUT, TEXT, WORKLOADS, AgentRow, Workload
 from protos.inference_router.v1 import inference_router_pb2 as pb
+from protos.open_inference import open_inference_pb2 as oip
 from router_client import RouterClient
 
 CONNECT_TIMEOUT_S = 30.0
-METHOD = "/inference_router.v1.InferenceRouterService/Predict"
+PREDICT = "/inference_router.v1.InferenceRouterService/Predict"
+MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
+CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
 
 
 class AskError(Exception):
@@ -40,10 +43,8 @@ class UnaryClient:
     """`Predict`, all callers on one channel. Bytes in and bytes out: protobuf's work is the server's alone."""
 
     def __init__(self, address: str, workload: Workload) -> None:
-        self._channel = aio.insecure_channel(
-            address, [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
-        )
-        self._call: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(METHOD)
+        self._channel = aio.insecure_channel(address, CHANNEL_OPTIONS)
+        self._call: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(PREDICT)
         self._requests = [_predict_request(agents) for agents in workload.requests()]
         self._lengths: list[int] = []
 
@@ -54,6 +55,30 @@ class UnaryClient:
             for name, result in pb.PredictResponse.FromString(answer).results.items():
                 if result.HasField("error"):
                     raise AskError(f"{name}: {result.error.code}: {result.error.message}")
+            self._lengths.append(len(answer))
+
+    async def ask(self, variant: int) -> None:
+        answer = await self._call(self._requests[variant])
+        if len(answer) != self._lengths[variant]:
+            raise AskError(f"an answer of {len(answer)} bytes instead of {self._lengths[variant]}")
+
+    async def aclose(self) -> None:
+        await self._channel.close()
+
+
+class ModelInferClient:
+    """`ModelInfer` of the Open Inference Protocol with one row, all callers on one channel, bytes in and bytes out."""
+
+    def __init__(self, address: str, workload: Workload, model_name: str) -> None:
+        self._channel = aio.insecure_channel(address, CHANNEL_OPTIONS)
+        self._call: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(MODEL_INFER)
+        self._requests = [_model_infer_request(model_name, agents) for agents in workload.requests()]
+        self._lengths: list[int] = []
+
+    async def open(self) -> None:
+        """Ask each variant once; a good answer has the same length ever after."""
+        for request in self._requests:
+            answer = await self._call(request, timeout=CONNECT_TIMEOUT_S, wait_for_ready=True)
             self._lengths.append(len(answer))
 
     async def ask(self, variant: int) -> None:
@@ -86,11 +111,11 @@ class StreamClient:
 
 
 class HttpClient:
-    """`POST /predict` over HTTP/1.1, one kept-alive connection per caller (httpx would cost 1 ms per request)."""
+    """`POST` over HTTP/1.1, one kept-alive connection per caller (httpx would cost 1 ms per request)."""
 
-    def __init__(self, address: str, bodies: Sequence[bytes], *, status: int) -> None:
+    def __init__(self, address: str, bodies: Sequence[bytes], *, status: int, path: str = "/predict") -> None:
         self._host, self._port = _host_and_port(address)
-        self._requests = [_http_request(address, body) for body in bodies]
+        self._requests = [_http_request(address, path, body) for body in bodies]
         self._status = status
         self._idle: list[_Connection] = []
         self._all: list[_Connection] = []
@@ -132,6 +157,14 @@ class RestClient(HttpClient):
         expected = self._lengths.setdefault(variant, length)
         if length != expected:
             raise AskError(f"an answer of {length} bytes instead of {expected}")
+
+
+class RestInferClient(HttpClient):
+    """The Open Inference Protocol in JSON, one row; ids in the answers may differ in length."""
+
+    def __init__(self, address: str, workload: Workload, model_name: str) -> None:
+        bodies = [_infer_body(agents) for agents in workload.requests()]
+        super().__init__(address, bodies, status=200, path=f"/v2/models/{model_name}/infer")
 
 
 class SubmitClient(HttpClient):
@@ -187,6 +220,10 @@ WAYS: dict[str, type[UnaryClient] | type[StreamClient] | type[RestClient]] = {
     "stream": StreamClient,
     "rest": RestClient,
 }
+INFER_WAYS: dict[str, type[ModelInferClient] | type[RestInferClient]] = {
+    "infer": ModelInferClient,
+    "rest-infer": RestInferClient,
+}
 
 
 def make_client(order: Order) -> Client:
@@ -200,6 +237,8 @@ def make_client(order: Order) -> Client:
         return STORE_CLIENTS[order.workload](order)
     workload = WORKLOADS[order.workload]
     assert isinstance(workload, Workload)
+    if order.way in INFER_WAYS:
+        return INFER_WAYS[order.way](order.address, workload, order.model_name)
     return WAYS[order.way](order.address, workload)
 
 
@@ -210,6 +249,17 @@ def _predict_request(agents: list[AgentRow]) -> bytes:
             for agent in agents
         }
     ).SerializeToString()
+
+
+def _model_infer_request(model_name: str, agents: list[AgentRow]) -> bytes:
+    tensor = oip.ModelInferRequest.InferInputTensor(name=INPUT, datatype="FP32", shape=[len(agents), DIM])
+    rows = np.array([agent.vector for agent in agents], "<f4").tobytes()
+    return oip.ModelInferRequest(model_name=model_name, inputs=[tensor], raw_input_contents=[rows]).SerializeToString()
+
+
+def _infer_body(agents: list[AgentRow]) -> bytes:
+    rows = [agent.vector for agent in agents]
+    return orjson.dumps({"inputs": [{"name": INPUT, "datatype": "FP32", "shape": [len(rows), DIM], "data": rows}]})
 
 
 def _blocks(agents: list[AgentRow]) -> list[pb.Block]:
@@ -239,9 +289,9 @@ def _agents_body(agents: list[AgentRow]) -> bytes:
     )
 
 
-def _http_request(address: str, body: bytes) -> bytes:
+def _http_request(address: str, path: str, body: bytes) -> bytes:
     head = (
-        f"POST /predict HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body

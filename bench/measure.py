@@ -47,7 +47,10 @@ async def measure(case: Case, group: Group, system: System, loads: Sequence[Prog
 async def _give_orders(case: Case, system: System, loads: Sequence[Program]) -> None:
     shares = _share(case.callers, len(loads))
     for load, callers in zip(loads, shares, strict=True):
-        order = Order(system.way, system.address, case.workload, callers, case.pause_s, case.rate_per_s, case.backlog)
+        order = Order(
+            *(system.way, system.address, case.workload, callers, case.pause_s, case.rate_per_s, case.backlog),
+            system.model_name,
+        )
         await load.send_line(to_line(order))
     for load in loads:
         from_line(Ready, await load.read_line(READY_TIMEOUT_S))

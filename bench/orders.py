@@ -22,7 +22,7 @@ class Order:
 
     With `rate_per_s` calls begin at that rate inside of the window, however long they take, and every one counts;
     `callers` is then without meaning. Else each caller asks, waits for the answer and `pause_s`, and asks again.
-    `backlog` jobs are laid in to wait before anything is asked.
+    `backlog` jobs are laid in to wait before anything is asked. `model_name`: in place of the workload's own.
     """
 
     way: str
@@ -32,6 +32,7 @@ class Order:
     pause_s: float = 0.0
     rate_per_s: float = 0.0
     backlog: int = 0
+    model_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,8 +65,12 @@ class Program:
         command: Sequence[str] = PYTHON,
         user: str | None = None,
         farewell: int | None = None,
+        ends_with_parent: bool = True,
     ) -> Self:
-        """Run `command` with `arguments`, as `user` where that is another one."""
+        """Run `command` with `arguments`, as `user` where that is another one.
+
+        `ends_with_parent` takes a fork, which a process that speaks gRPC must not do: its child may die of it.
+        """
         process = await asyncio.create_subprocess_exec(
             *command,
             *arguments,
@@ -78,7 +82,7 @@ class Program:
             limit=LINE_BYTES,
             start_new_session=True,
             user=user,
-            preexec_fn=_end_with_parent,
+            preexec_fn=_end_with_parent if ends_with_parent else None,
         )
         return cls(name, process, farewell)
 
@@ -167,6 +171,7 @@ async def running(
     command: Sequence[str] = PYTHON,
     user: str | None = None,
     farewell: int | None = None,
+    ends_with_parent: bool = True,
 ) -> AsyncIterator[Program]:
     """A program for the length of a block."""
     program = await Program.start(
@@ -177,6 +182,7 @@ async def running(
         command=command,
         user=user,
         farewell=farewell,
+        ends_with_parent=ends_with_parent,
     )
     try:
         yield program

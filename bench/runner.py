@@ -40,14 +40,22 @@ async def _run_group(group: Group, launcher: Launcher, loads: Sequence[Program],
             remark = describe_disk(launcher.databases)
         systems = await _start(group, launcher)
         progress.advance(group.start_s)
-        rounds: dict[Case, list[Figures]] = {case: [] for case in group.cases}
-        shown = 0
-        for number, case in group.in_order():
-            progress.show(f"{group.name}, round {number} of {group.rounds}: {case}", always=number > shown)
-            shown = number
-            rounds[case].append(await measure(case, group, systems[case.system], loads))
-            progress.advance(group.case_s)
+        rounds = await measure_rounds(group, systems, loads, progress)
     return collect(group, rounds, remark)
+
+
+async def measure_rounds(
+    group: Group, systems: Mapping[str, System], loads: Sequence[Program], progress: Progress
+) -> dict[Case, list[Figures]]:
+    """Every case in every round."""
+    rounds: dict[Case, list[Figures]] = {case: [] for case in group.cases}
+    shown = 0
+    for number, case in group.in_order():
+        progress.show(f"{group.name}, round {number} of {group.rounds}: {case}", always=number > shown)
+        shown = number
+        rounds[case].append(await measure(case, group, systems[case.system], loads))
+        progress.advance(group.case_s)
+    return rounds
 
 
 async def _prepare_databases(group: Group, launcher: Launcher) -> Launcher:

@@ -22,10 +22,10 @@ PACKAGES = (
 FSYNCS = 50
 
 
-def describe(arguments: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
+def describe(arguments: list[str], environment: Mapping[str, str], program: str = "bench") -> dict[str, Any]:
     """To be called before anything runs: the machine's load is that of others."""
     return {
-        "command": shlex.join(["python", "-m", "bench", *arguments]),
+        "command": shlex.join(["python", "-m", program, *arguments]),
         "settings": dict(environment),
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git": {"revision": _git("rev-parse", "HEAD"), "has_changes": bool(_git("status", "--porcelain"))},

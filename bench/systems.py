@@ -66,6 +66,7 @@ class System:
     mocks: Sequence[Program] = ()
     metrics_url: str = ""
     database: Program | None = None
+    model_name: str = ""
 
     async def count_batches(self) -> BatchCount | None:
         """From the router's metrics; None for the echo server."""
@@ -105,13 +106,13 @@ class Launcher:
         """One of WAYS."""
         if name == "echo":
             echo = await self.start("echo", "bench.echo")
-            return System(WAYS[name], await _address(echo), echo)
+            return System(WAYS[name], await address_of(echo), echo)
         if WAYS[name] == "store":
             return await self._start_store(name, setting)
         mocks = [await self._start_mock(name, setting) for _ in range(setting.replicas)]
-        router = await self._start_router(name, setting, [await _address(mock) for mock in mocks])
+        router = await self._start_router(name, setting, [await address_of(mock) for mock in mocks])
         metrics_url = (await router.wait_for(r"metrics on (\S+)"))[1]
-        address = await _address(router)
+        address = await address_of(router)
         if WAYS[name] not in ("rest", "submit"):
             return System(WAYS[name], address, router, mocks=mocks, metrics_url=metrics_url)
         database = {"DATABASE_URL": await self._new_database(name)} if WAYS[name] == "submit" else {}
@@ -119,7 +120,7 @@ class Launcher:
             f"gateway of {name}", "rest_gateway", GATEWAY_LISTEN=ANY_PORT, GATEWAY_ROUTER=address, **database
         )
         return System(
-            WAYS[name], await _address(gateway), router, gateway, mocks, metrics_url, self._database_program(name)
+            WAYS[name], await address_of(gateway), router, gateway, mocks, metrics_url, self._database_program(name)
         )
 
     async def _start_store(self, name: str, setting: Setting) -> System:
@@ -166,6 +167,10 @@ class Launcher:
             "backends": {"mock": {"addresses": mock_addresses, "max_in_flight": setting.max_in_flight}},
             "models": [{"backend": "mock", "max_batch_size": 64, "max_queue_delay_s": setting.max_queue_delay_s}],
         }
+        return await self.start_router(name, config)
+
+    async def start_router(self, name: str, config: Mapping[str, object]) -> Program:
+        """A router with these settings."""
         path = self.directory / f"{name}.yaml"
         path.write_text(json.dumps(config))  # which is YAML
         return await self.start(
@@ -178,7 +183,8 @@ class Launcher:
         )
 
 
-async def _address(program: Program) -> str:
+async def address_of(program: Program) -> str:
+    """Where it says that it listens."""
     return (await program.wait_for(r"listen\w* on (?:http://)?(127\.0\.0\.1:\d+)"))[1]
 
 

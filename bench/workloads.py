@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 DIM = 32
 AGENT_TYPE = "buyer"
+INPUT = "vector"  # as a tensor
 
 
 @dataclass(frozen=True, slots=True)

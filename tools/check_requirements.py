@@ -1,20 +1,29 @@
 """Check, without a network, that the requirement files fit pyproject.toml; say what does not and fail.
 
-Each file pins every dependency that pyproject.toml declares, at a version that it allows, and nothing that it no
-longer declares; what both files pin, they pin alike; every pin has a hash; no file names a package index, since where
-packages come from is the business of whoever installs them.
+Each file pins every dependency that pyproject.toml declares for it, at a version that it allows, and nothing that it no
+longer declares; what both files of `.venv` pin, they pin alike; every pin has a hash; no file names a package index,
+since where packages come from is the business of whoever installs them.
 """
 
 import pathlib
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Each file, and which parts of pyproject.toml it is resolved from: the project's own dependencies, or a group.
+PROJECT = "project"
+SOURCES = {
+    "requirements.txt": (PROJECT,),
+    "requirements-dev.txt": (PROJECT, "dev"),
+    "requirements-load.txt": ("load",),
+    "requirements-mlserver.txt": ("mlserver",),
+    "requirements-triton.txt": ("triton",),
+}
 # One pin with its hashes and the comment that tells who wants it, as `uv pip compile` writes them. A package that has
 # different versions for different Pythons is pinned more than once, each with a marker.
 PIN = re.compile(
@@ -24,16 +33,16 @@ PIN = re.compile(
 INDEX = re.compile(r"^[^#\n]*(://|--(extra-)?index-url|--find-links)|^#.*://", re.MULTILINE)
 
 
-def declared(pyproject: str, *, with_dev: bool) -> list[Requirement]:
+def declared(pyproject: str, sources: Sequence[str]) -> list[Requirement]:
     """Return what pyproject.toml asks for."""
     document = tomllib.loads(pyproject)
-    dev = document["dependency-groups"]["dev"] if with_dev else []
-    return [Requirement(text) for text in [*document["project"]["dependencies"], *dev]]
+    parts = {PROJECT: document["project"]["dependencies"], **document["dependency-groups"]}
+    return [Requirement(text) for source in sources for text in parts[source]]
 
 
-def find_problems(pyproject: str, lock: str, *, with_dev: bool) -> Iterator[str]:
+def find_problems(pyproject: str, lock: str, sources: Sequence[str]) -> Iterator[str]:
     """Yield what is wrong with one requirement file."""
-    wanted = declared(pyproject, with_dev=with_dev)
+    wanted = declared(pyproject, sources)
     wanted_names = {canonicalize_name(requirement.name) for requirement in wanted}
     pins = list(PIN.finditer(lock))
     yield from (
@@ -64,12 +73,13 @@ def find_differences(lock: str, dev_lock: str) -> Iterator[str]:
 
 def main() -> int:
     """Print every problem; 1 if there is one."""
-    pyproject, lock, dev_lock = (
-        (ROOT / name).read_text() for name in ("pyproject.toml", "requirements.txt", "requirements-dev.txt")
-    )
-    problems = [f"requirements.txt: {text}" for text in find_problems(pyproject, lock, with_dev=False)]
-    problems += [f"requirements-dev.txt: {text}" for text in find_problems(pyproject, dev_lock, with_dev=True)]
-    problems += [f"requirements.txt: {text}" for text in find_differences(lock, dev_lock)]
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    locks = {name: (ROOT / name).read_text() for name in SOURCES}
+    problems = [
+        f"{name}: {text}" for name, lock in locks.items() for text in find_problems(pyproject, lock, SOURCES[name])
+    ]
+    differences = find_differences(locks["requirements.txt"], locks["requirements-dev.txt"])
+    problems += [f"requirements.txt: {text}" for text in differences]
     for problem in problems:
         print(f"{problem} (make lock?)", file=sys.stderr)
     return 1 if problems else 0

@@ -75,8 +75,7 @@ class Questions:
     async def index(self) -> tuple[IndexEntry, ...]:
         """See member.Backend."""
         answer = await self._hear(self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=ANSWER_S))
-        models = answer.models if answer is not None else ()
-        return tuple(IndexEntry(model.name, model.version, model.state, model.reason) for model in models)
+        return tuple(map(_entry, answer.models if answer is not None else ()))
 
     async def _hear(self, answer: Awaitable[A], *, is_of_model: bool = False) -> A | None:
         """An answer; None where the server does not know the question, or fails at it.
@@ -110,6 +109,11 @@ def to_info(metadata: pb.ModelMetadataResponse, config: pb.ModelConfig | None) -
         is_decoupled=bool(config and config.model_transaction_policy.decoupled),
         is_sequence=bool(config and config.HasField("sequence_batching")),
     )
+
+
+def _entry(model: pb.RepositoryIndexResponse.ModelIndex) -> IndexEntry:
+    """MLServer says `State.READY` where Triton says `READY`."""
+    return IndexEntry(model.name, model.version, model.state.removeprefix("State."), model.reason)
 
 
 def _tensor(tensor: pb.ModelMetadataResponse.TensorMetadata, *, is_optional: bool) -> TensorInfo:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,9 +23,14 @@ PATIENCE_S = 30
 class Program:
     """A running program; its stderr is read as it comes."""
 
-    def __init__(self, arguments: list[str], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        environment: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = (sys.executable, "-m"),
+    ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
+            [*launcher, *arguments],
             cwd=ROOT,
             env={**os.environ, "DATABASE_URL": new_database(), **(environment or {})},
             stdout=subprocess.PIPE,
@@ -47,9 +52,9 @@ class Program:
             self._arriving.put(line.rstrip("\n"))
         self._arriving.put(None)
 
-    def wait_for(self, pattern: str) -> re.Match[str]:
+    def wait_for(self, pattern: str, patience_s: float = PATIENCE_S) -> re.Match[str]:
         """The next line of stderr that matches."""
-        while (line := self._arriving.get(timeout=PATIENCE_S)) is not None:
+        while (line := self._arriving.get(timeout=patience_s)) is not None:
             self.lines.append(line)
             if match := re.search(pattern, line):
                 return match
@@ -65,9 +70,9 @@ class Program:
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    def wait(self) -> int:
+    def wait(self, patience_s: float = PATIENCE_S) -> int:
         """The exit code; all of stderr is in `lines` then."""
-        code = self._process.wait(timeout=PATIENCE_S)
+        code = self._process.wait(timeout=patience_s)
         while (line := self._arriving.get(timeout=PATIENCE_S)) is not None:
             self.lines.append(line)
         return code

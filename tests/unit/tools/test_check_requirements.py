@@ -9,6 +9,7 @@ PYPROJECT = """
 dependencies = ["Alpha-One>=1.2,<2", "beta"]
 [dependency-groups]
 dev = ["gamma==3.0"]
+far = ["delta<2"]
 """
 ALPHA = "alpha-one==1.5 \\\n    --hash=sha256:00\n    # via inference-router (pyproject.toml)\n"
 BETA = (
@@ -17,11 +18,13 @@ BETA = (
     "beta[extra]==1.0 ; python_version >= '3.12' \\\n    --hash=sha256:02\n    # via alpha-one\n"
 )
 GAMMA = "gamma==3.0 \\\n    --hash=sha256:00\n    # via inference-router (pyproject.toml:dev)\n"
+DELTA = "delta==1.0 \\\n    --hash=sha256:00\n    # via inference-router (pyproject.toml:far)\n"
 
 
 def test_files_that_fit_have_no_problem() -> None:
-    assert list(find_problems(PYPROJECT, ALPHA + BETA, with_dev=False)) == []
-    assert list(find_problems(PYPROJECT, ALPHA + BETA + GAMMA, with_dev=True)) == []
+    assert list(find_problems(PYPROJECT, ALPHA + BETA, ("project",))) == []
+    assert list(find_problems(PYPROJECT, ALPHA + BETA + GAMMA, ("project", "dev"))) == []
+    assert list(find_problems(PYPROJECT, DELTA, ("far",))) == []
     assert list(find_differences(ALPHA + BETA, ALPHA + BETA + GAMMA)) == []
 
 
@@ -37,7 +40,13 @@ def test_files_that_fit_have_no_problem() -> None:
     ],
 )
 def test_each_kind_of_misfit_is_told(lock: str, problem: str) -> None:
-    assert list(find_problems(PYPROJECT, lock, with_dev=False)) == [problem]
+    assert list(find_problems(PYPROJECT, lock, ("project",))) == [problem]
+
+
+def test_a_file_of_a_group_pins_what_the_group_asks_for() -> None:
+    assert list(find_problems(PYPROJECT, DELTA.replace("1.0", "2.0"), ("far",))) == [
+        "delta==2.0 does not satisfy delta<2"
+    ]
 
 
 def test_both_files_pin_one_version() -> None:

@@ -1,14 +1,11 @@
 """`make load-rest` and `make load-grpc`: their plain parts. The tools themselves run by hand."""
 
-import json
 import socket
-import tomllib
 
 import pytest
 
-from tools.check_requirements import find_problems
 from tools.load import run_against, split_host, stack_environment, summarise_metrics, tool_commands
-from tools.run import ROOT, read_addresses
+from tools.run import read_addresses
 
 
 @pytest.mark.parametrize(
@@ -77,10 +74,3 @@ def test_nothing_at_load_host_is_said_in_one_line(capsys: pytest.CaptureFixture[
         port = listener.getsockname()[1]
     assert run_against("rest", f"http://127.0.0.1:{port}", [], "ghz") == 1
     assert capsys.readouterr().err.startswith(f"load: nothing listens at http://127.0.0.1:{port} (")
-
-
-def test_the_load_tools_are_locked_as_pyproject_asks() -> None:
-    """tools/check_requirements.py knows the other two files; a group of its own has no dependency of the project."""
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
-    pyproject = f"[project]\ndependencies = {json.dumps(groups['load'])}\n"
-    assert list(find_problems(pyproject, (ROOT / "requirements-load.txt").read_text(), with_dev=False)) == []
