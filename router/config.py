@@ -7,6 +7,7 @@ underscores go one level down, lists and maps are JSON. Units stand in the names
 import fnmatch
 import json
 import re
+import ssl
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,24 +95,81 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class TlsSettings(Section):
+    """TLS towards a backend.
+
+    `ca_file`: PEM of the authorities that its certificate may come from; null: those of the system. `cert_file` and
+    `key_file`: PEM of our own certificate (with its chain) and key, for servers that ask for one. `server_name`: the
+    name that its certificate bears, where that is not the host of its address; the replicas of a `dns:///` entry are IP
+    addresses.
+    """
+
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    server_name: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        if (self.cert_file is None) is not (self.key_file is None):
+            raise ValueError("cert_file and key_file: one is of no use without the other")
+        check_certificates(self)
+        return self
+
+
+def check_certificates(tls: TlsSettings) -> None:
+    """Whether the files can be read and fit together. Raises ValueError."""
+    for file in (tls.ca_file, tls.cert_file, tls.key_file):
+        _check_readable(file)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if tls.ca_file:
+            context.load_verify_locations(tls.ca_file)
+    except OSError as error:
+        raise ValueError(f"ca_file: {tls.ca_file} is no PEM of certificates: {error}") from error
+    try:
+        if tls.cert_file:
+            context.load_cert_chain(tls.cert_file, tls.key_file, password=_refuse_password)
+    except OSError as error:
+        what = f"{tls.cert_file} and {tls.key_file} are no PEM of a certificate and its key"
+        raise ValueError(f"cert_file, key_file: {what}: {error}") from error
+
+
+def _check_readable(file: str | None) -> None:
+    try:
+        if file is not None:
+            Path(file).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from error
+
+
+def _refuse_password() -> str:
+    """Without it OpenSSL asks at the terminal."""
+    raise ValueError("key_file: a key with a password cannot be read")
+
+
 class BackendSettings(Section):
     """A pool of replicas. `max_in_flight`: batches at a time per replica and model; 0: no limit.
 
     `protocol`: `stream`, Triton's ModelStreamInfer, or `unary`, one ModelInfer for each batch, which every server has.
     `max_in_flight_total`: as `max_in_flight`, over all models; each batch has a stream or a call, and servers commonly
     allow no more.
+    `tls`: null: plaintext; `{}`: TLS, as the system's authorities have it.
     `ejection_s`: how long a replica that fails, or is three times as slow as its peers, gets no batch the first time.
     `probe_interval_s`: how often a replica is asked whether it lives and is ready; 0: never.
     `resolve_interval_s`: how often names among the addresses are looked up again.
+    `model_interval_s`: how often it is asked again about the models that are in use; 0: only once about each.
     """
 
     addresses: list[Replicas] = Field(min_length=1)
     protocol: ProtocolName = "stream"
+    tls: TlsSettings | None = None
     max_in_flight: int = Field(4, ge=0)
     max_in_flight_total: Count = 1024
     ejection_s: PositiveSeconds = 30
     probe_interval_s: Seconds = 4
     resolve_interval_s: PositiveSeconds = 5
+    model_interval_s: Seconds = 5
 
     @model_validator(mode="after")
     def _check_addresses(self) -> Self:
@@ -256,6 +314,15 @@ class Settings(BaseSettings):
     def route(self, model_name: str, agent_type: str) -> ModelSettings | None:
         """The settings of a model's rows; the first match wins. None: the model is not served."""
         return next((model for model in self.models if model.matches(model_name, agent_type)), None)
+
+    def find_model(self, model_name: str) -> ModelSettings | None:
+        """The settings of a model for some agent type: for none, if they match that, else for the first that do."""
+        by_name = (model for model in self.models if fnmatch.fnmatchcase(model_name, model.match.model_name))
+        return self.route(model_name, "") or next(by_name, None)
+
+    def model_names(self) -> list[str]:
+        """The models that are named as they are, without a pattern."""
+        return [model.match.model_name for model in self.models if not set("*?[") & set(model.match.model_name)]
 
     def to_yaml(self) -> str:
         """The effective settings as a file that would give the same."""

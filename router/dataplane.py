@@ -16,8 +16,9 @@ from router.config import Settings
 from router.core.types import BatchAnswer, Block, Part
 from router.dispatch.pool import ReplicaPool
 from router.errors import DeadlineExceeded, InternalError, ResourceExhausted, RouterError, Unavailable
-from router.lanes import Lane, Lanes
+from router.lanes import Lanes
 from router.metrics import Metrics
+from router.models import Models
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,13 @@ class Reply(Protocol):
         """Every row of the call that was not answered or failed before has failed."""
 
 
+class Place(Protocol):
+    """Where rows wait: a lane, or the waiting room of a model."""
+
+    def discard(self, block: Block) -> None:
+        """Nobody waits for a block any more; one that is not here is none of ours."""
+
+
 class Call:
     """One caller's request while it is open; the recipient of its blocks."""
 
@@ -49,7 +57,7 @@ class Call:
         self._timeout_s = timeout_s
         self._on_close = on_close
         # Where its rows may still wait.
-        self._queued: list[tuple[Lane, Block]] = []
+        self._queued: list[tuple[Place, Block]] = []
         self.is_closed = False
 
     def __repr__(self) -> str:
@@ -105,26 +113,28 @@ class Call:
         """The call has so many rows; before any of them was queued, for a call opened while nobody could know."""
         self._open_rows = rows
 
-    def wait_in(self, lane: Lane, block: Block) -> None:
+    def wait_in(self, place: Place, block: Block) -> None:
         """Remember where to withdraw from."""
-        self._queued.append((lane, block))
+        self._queued.append((place, block))
 
     def _close(self) -> None:
         self.is_closed = True
         if self._open_rows:
-            for lane, block in self._queued:
-                lane.discard(block)
+            for place, block in self._queued:
+                place.discard(block)
         self._queued.clear()
         self._on_close(self)
 
 
 class DataPlane:
-    """The live keys and the open calls of the router."""
+    """The live keys and the open calls of the router. `models` None: settings alone tell of them."""
 
-    def __init__(self, settings: Settings, pools: Mapping[str, ReplicaPool], metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, pools: Mapping[str, ReplicaPool], metrics: Metrics, models: Models | None = None
+    ) -> None:
         self._metrics = metrics
         # State: the lanes, and by key; the open calls; whether new ones are refused.
-        self._lanes = Lanes(settings, pools, metrics)
+        self._lanes = Lanes(settings, pools, metrics, models or Models(settings))
         self._lane_by_key = self._lanes.by_key
         self._open: set[Call] = set()
         self._is_refusing = False
@@ -172,6 +182,10 @@ class DataPlane:
     def apply(self, settings: Settings) -> None:
         """Go on by other settings: rows that wait or fly are served, new ones go where these say."""
         self._lanes.apply(settings)
+
+    def refit(self, model: tuple[str, str]) -> None:
+        """Go on by what is known of a model now."""
+        self._lanes.refit(model)
 
     def uses(self, pool: ReplicaPool) -> bool:
         """Whether rows may still go there, or are there."""

@@ -8,6 +8,7 @@ No calls, no batching rules, no replicas here.
 """
 
 import asyncio
+import functools
 import itertools
 import math
 import secrets
@@ -16,14 +17,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from router.batcher import Batcher
-from router.config import ModelSettings, Settings
-from router.core.budget import Budget
+from router.config import Settings
 from router.core.policy import choose_policy
+from router.core.queue import Bounds
 from router.core.types import BatchKey, Block, Contract
 from router.core.variable_queue import make_queue
 from router.dispatch.pool import ReplicaPool
 from router.errors import NotFound, ResourceExhausted
 from router.metrics import Metrics
+from router.models import Model, Models
 from router.single_flight import SingleFlight
 
 KEYS_RETRY_AFTER_S = 60.0
@@ -45,6 +47,7 @@ class Lane(Protocol):
 class _Site:
     """One key's batcher with what stands before it, and the pool it serves from."""
 
+    key: BatchKey
     batcher: Batcher
     pool: ReplicaPool
     single_flight: SingleFlight | None = None
@@ -57,10 +60,11 @@ class _Site:
 class Lanes:
     """The lanes of a router by key. `pools` by backend; the caller may change the map before `apply`."""
 
-    def __init__(self, settings: Settings, pools: Mapping[str, ReplicaPool], metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, pools: Mapping[str, ReplicaPool], metrics: Metrics, models: Models) -> None:
         self._settings = settings
         self._pools = pools
         self._metrics = metrics
+        self._models = models
         self._loop = asyncio.get_running_loop()
         ids, prefix = itertools.count(1), secrets.token_hex(4)
         self._next_batch_id = lambda: f"{prefix}-{next(ids)}"
@@ -68,7 +72,7 @@ class Lanes:
         self.by_key: dict[BatchKey, Lane] = {}
         self._sites: dict[BatchKey, _Site] = {}
         self._retired: list[_Site] = []
-        self.budget = Budget(settings.limits.max_queued_bytes)
+        self.budget = models.budget
         self._set_budget()
         self._sweep_timer = self._loop.call_later(settings.limits.key_idle_s, self._sweep)
         self._tidy_timer: asyncio.TimerHandle | None = None
@@ -82,26 +86,42 @@ class Lanes:
         if len(self._sites) >= limits.max_keys:
             message = f"{limits.max_keys} kinds of rows (model, agent type, vector length) are in use, no more may be"
             raise ResourceExhausted(message, reason="keys", retry_after_s=KEYS_RETRY_AFTER_S)
-        model = self._settings.route(key.model_name, key.agent_type)
-        if model is None:
-            raise NotFound(f"no model {key.model_name!r} for agent type {key.agent_type!r}")
-        site = self._sites[key] = _Site(self._make_batcher(key, model), self._pools[model.backend])
-        return self._set_sharing(key, site, model)
+        model = self._models.of_key(key)
+        site = self._sites[key] = _Site(key, self._make_batcher(key, model), self._pools[model.settings.backend])
+        return self._set_sharing(site, model)
 
     def apply(self, settings: Settings) -> None:
         """Go on by other settings; `pools` has them already."""
         self._settings = settings
+        self._models.apply(settings)
         self._set_budget()
         for site in self._all():
             site.batcher.recount()
-        for key, site in list(self._sites.items()):
-            model = settings.route(key.model_name, key.agent_type)
-            if model is None or site.pool is not self._pools[model.backend]:
-                self._retire(key)
-            else:
-                self._configure(key, site, model)
+        self._models.recount()
+        for site in list(self._all()):
+            self._refit(site)
         self._sweep_timer.cancel()
         self._sweep()
+
+    def refit(self, model: tuple[str, str]) -> None:
+        """Go on by what is known of a model now."""
+        for site in [site for site in self._sites.values() if site.key.model == model]:
+            self._refit(site)
+
+    def _refit(self, site: _Site) -> None:
+        try:
+            model = self._models.of_key(site.key)
+        except NotFound:
+            model = None
+        is_retired = self._sites.get(site.key) is not site
+        stays = model and site.pool is self._pools[model.settings.backend] and self._models.takes(site.key)
+        if model and stays and not is_retired:
+            self._configure(site, model)
+            return
+        if model:  # where it serves from stays as it was; how often its rows may be sent is the model's, wherever
+            site.batcher.set_retries(model.settings.retries)
+        if not is_retired:
+            self._retire(site)
 
     def _set_budget(self) -> None:
         limits = self._settings.limits
@@ -126,66 +146,67 @@ class Lanes:
     def _all(self) -> Iterator[_Site]:
         return itertools.chain(self._sites.values(), self._retired)
 
-    def _make_batcher(self, key: BatchKey, model: ModelSettings) -> Batcher:
-        backend = self._settings.backends[model.backend]
+    def _make_batcher(self, key: BatchKey, model: Model) -> Batcher:
+        settings = model.settings
+        backend = self._settings.backends[settings.backend]
         return Batcher(
             key,
-            queue=make_queue(
-                key,
-                max_batch_rows=model.max_batch_size,
-                max_batch_bytes=model.max_batch_bytes,
-                max_rows=self._settings.limits.max_queued_rows,
-                budget=self.budget,
-                max_bytes=self._settings.limits.max_key_bytes,
-                weights=self._settings.tenant_weights,
-                patience_s=model.batch_class_patience_s,
-            ),
+            queue=make_queue(key, self._bounds(model), self.budget),
             budget=self.budget,
-            policy=choose_policy(backend.max_in_flight, model.max_queue_delay_s),
-            pool=self._pools[model.backend],
-            backend=model.backend,
-            retries=model.retries,
+            policy=choose_policy(backend.max_in_flight, settings.max_queue_delay_s),
+            pool=self._pools[settings.backend],
+            backend=settings.backend,
+            retries=settings.retries,
             contract=_contract(key, model),
             next_batch_id=self._next_batch_id,
+            on_absent=functools.partial(self._models.doubt, settings.backend, key.model),
             metrics=self._metrics,
         )
 
-    def _configure(self, key: BatchKey, site: _Site, model: ModelSettings) -> None:
-        site.batcher.apply(
-            max_batch_rows=model.max_batch_size,
-            max_batch_bytes=model.max_batch_bytes,
-            max_rows=self._settings.limits.max_queued_rows,
-            max_bytes=self._settings.limits.max_key_bytes,
+    def _bounds(self, model: Model) -> Bounds:
+        limits = self._settings.limits
+        return Bounds(
+            max_batch_rows=model.max_batch_rows,
+            max_rows=limits.max_queued_rows,
+            max_batch_bytes=model.settings.max_batch_bytes,
+            max_bytes=limits.max_key_bytes,
             weights=self._settings.tenant_weights,
-            patience_s=model.batch_class_patience_s,
-            max_in_flight=self._settings.backends[model.backend].max_in_flight,
-            max_queue_delay_s=model.max_queue_delay_s,
-            retries=model.retries,
-            contract=_contract(key, model),
+            patience_s=model.settings.batch_class_patience_s,
         )
-        self._set_sharing(key, site, model)
 
-    def _set_sharing(self, key: BatchKey, site: _Site, model: ModelSettings) -> Lane:
+    def _configure(self, site: _Site, model: Model) -> None:
+        settings = model.settings
+        site.batcher.apply(
+            self._bounds(model),
+            max_in_flight=self._settings.backends[settings.backend].max_in_flight,
+            max_queue_delay_s=settings.max_queue_delay_s,
+            retries=settings.retries,
+            contract=_contract(site.key, model),
+        )
+        self._set_sharing(site, model)
+
+    def _set_sharing(self, site: _Site, model: Model) -> Lane:
         """Let equal rows share, or not. Who waits in a `SingleFlight` that is put aside is served by it to the end."""
-        if site.single_flight and not model.deterministic:
+        settings = model.settings
+        if site.single_flight and not settings.deterministic:
             site.single_flight.put_aside()
             site.single_flight = None
-        if model.deterministic:
+        if settings.deterministic:
             site.single_flight = site.single_flight or SingleFlight(
-                site.batcher, backend=model.backend, metrics=self._metrics
+                site.batcher, backend=settings.backend, metrics=self._metrics
             )
             site.single_flight.apply(
-                cache_ttl_s=model.cache_ttl_s,
-                cache_max_bytes=model.cache_max_bytes,
+                cache_ttl_s=settings.cache_ttl_s,
+                cache_max_bytes=settings.cache_max_bytes,
                 max_rows=self._settings.limits.max_queued_rows,
-                contract=_contract(key, model),
+                contract=_contract(site.key, model),
             )
-        self.by_key[key] = site.lane
+        self.by_key[site.key] = site.lane
         return site.lane
 
-    def _retire(self, key: BatchKey) -> None:
-        del self.by_key[key]
-        self._retired.append(self._sites.pop(key))
+    def _retire(self, site: _Site) -> None:
+        del self.by_key[site.key]
+        self._retired.append(self._sites.pop(site.key))
         if self._tidy_timer is None:
             self._tidy_timer = self._loop.call_later(MIN_SWEEP_S, self._tidy)
 
@@ -206,10 +227,6 @@ class Lanes:
         self._sweep_timer = self._loop.call_later(max(idle_s / 10, MIN_SWEEP_S), self._sweep)
 
 
-def _contract(key: BatchKey, model: ModelSettings) -> Contract:
+def _contract(key: BatchKey, model: Model) -> Contract:
     """What answers must hold. `vector_output` is asked of keys that native rows have, not of a model's other inputs."""
-    is_native = len(key.inputs) == 1 and (key.inputs[0].name, key.inputs[0].datatype) == (
-        model.vector_input or "vector",
-        "FP32",
-    )
-    return Contract(model.vector_output if is_native else None, model.allow_nan)
+    return Contract(model.settings.vector_output if model.is_native(key) else None, model.settings.allow_nan)

@@ -86,6 +86,12 @@ class Metrics:
             ["backend"],
             registry=self.registry,
         )
+        self.models = Gauge(
+            "router_models",
+            "Models in use by what their backends tell: ready, unready, absent; unknown: nobody has answered yet.",
+            ["state"],
+            registry=self.registry,
+        )
         self.config_reloads = Counter(
             "router_config_reloads", "Looks at changed settings, by outcome.", ["outcome"], registry=self.registry
         )

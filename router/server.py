@@ -17,7 +17,9 @@ from prometheus_client import start_http_server
 
 from router.backends import Backends
 from router.config import BackendSettings, Settings, check_same_process
+from router.core.model_info import ModelState
 from router.dataplane import DataPlane
+from router.dispatch.certificates import Certificates
 from router.dispatch.pool import ReplicaPool, Rules
 from router.dispatch.replica import Replica
 from router.metrics import Metrics
@@ -76,6 +78,7 @@ def make_pool(settings: Settings, backend: BackendSettings) -> ReplicaPool:
         max_message_bytes=settings.limits.max_backend_message_bytes,
         max_in_flight=backend.max_in_flight_total,
         protocol=backend.protocol,
+        certificates=Certificates(backend.tls) if backend.tls else None,
     )
     rules = Rules(
         max_in_flight=backend.max_in_flight,
@@ -94,16 +97,22 @@ class RouterServer:
         self._settings = settings
         self.metrics = Metrics()
         self._backends = Backends(settings, make_pool, self.metrics)
-        self.plane = DataPlane(settings, self._backends.pools, self.metrics)
+        self._models = Models(settings, self._backends.pools)
+        self._models.on_change = self._refit
+        for state in (None, *ModelState):
+            self.metrics.models.labels(state.name.lower() if state else "unknown").set_function(
+                functools.partial(self._models.count, state)
+            )
+        self.plane = DataPlane(settings, self._backends.pools, self.metrics, self._models)
         access = Access(self.metrics, settings.log_requests)
-        self._models = Models(settings)
+        routes = Routes(settings, self._models)
         self._around = Surroundings(
-            settings, self.plane, self._models, Routes(settings), access, VectorOutputs(), Tenants(settings)
+            settings, self.plane, self._models, routes, access, VectorOutputs(), Tenants(settings)
         )
         self._rpcs = Rpcs()
         self._servicer = InferenceServicer(self._around, self._rpcs)
         self._open_inference = OpenInferenceServicer(self._around, self._rpcs)
-        self._health = Health()
+        self._health = Health(self._models)
         self._server = grpc.aio.server(options=server_options(settings))
         self._close_metrics: Callable[[], None] = lambda: None
         self.address = settings.listen
@@ -118,9 +127,14 @@ class RouterServer:
         self._settings = settings
         self._backends.apply(settings, self.plane.uses)
         self.plane.apply(settings)
-        self._models.apply(settings)
         self._around.apply(settings)
         self._open_inference.apply(settings)
+
+    def _refit(self, model: tuple[str, str]) -> None:
+        """A backend tells other things of a model than before: forget what followed from them."""
+        self.plane.refit(model)
+        self._around.refit()
+        self._open_inference.apply(self._settings)
 
     async def start(self) -> None:
         """Listen and connect. Raises StartError."""
@@ -182,6 +196,7 @@ class RouterServer:
         to us yet: under load there always is one (16 callers that try again at once: 12 for each stop, measured).
         """
         await self.plane.aclose()
+        await self._models.aclose()
         self._end_streams()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_GRACE_S):
@@ -193,6 +208,7 @@ class RouterServer:
     async def stop(self) -> None:
         """Fail what is still open, flush it, and let go of everything."""
         await self.plane.aclose()
+        await self._models.aclose()
         self._end_streams()
         await self._server.stop(CLOSE_GRACE_S)
         await self._let_go()

@@ -1,13 +1,15 @@
 """Rules of models: how what a backend tells of a model, and what its settings say, decide what may be sent to it.
 
-Three questions. Do rows share calls, and how many may? Do these inputs and outputs fit? Where does a native row go, as
-what, and where is it answered from? Metadata may be missing, whole or in part: what nobody tells is not checked.
+Do rows share calls, and how many may? Do these inputs and outputs fit? Where does a native row go, as what, and where
+is it answered from? What holds when several tell different things? Metadata may be missing, whole or in part: what
+nobody tells is not checked.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
-from router.core.model_info import ModelInfo, TensorInfo
+from router.core.model_info import ModelInfo, ModelReport, ModelState, TensorInfo
 from router.core.types import BYTES, ITEM_SIZE, TensorSpec
 from router.errors import InvalidArgument
 
@@ -201,3 +203,38 @@ def native_output(info: ModelInfo | None, name: str | None) -> str | None:
 def to_ask_for(info: ModelInfo | None, output: str | None) -> tuple[str, ...]:
     """What a batch must ask for so that no more is computed and sent than this output; (): there is nothing else."""
     return (output,) if output is not None and info is not None and len(info.outputs) > 1 else ()
+
+
+# -- what several say, or one after the other --------------------------------------------------------------------------
+
+
+def agree(reports: Sequence[ModelReport | None]) -> ModelReport | None:
+    """What replicas tell of a model, in their order; None for one that is silent, and for what nobody can tell.
+
+    One that serves it speaks for all, else one that has it. Only if every one says so it is absent.
+    """
+    for state in (ModelState.READY, ModelState.UNREADY):
+        of_state = [report for report in reports if report and report.state is state]
+        if of_state:
+            return next((report for report in of_state if report.info), of_state[0])
+    return ModelReport(ModelState.ABSENT) if reports and None not in reports else None
+
+
+def differ(reports: Iterable[ModelReport | None]) -> bool:
+    """Whether replicas tell different things of a model."""
+    return len({report.info for report in reports if report and report.info}) > 1
+
+
+def remember(before: ModelReport | None, now: ModelReport) -> ModelReport:
+    """What is known of a model that is told about again: a server that has told once may fail to, and is the same.
+
+    Without this every such moment would send rows as something else.
+    """
+    if before is None or before.info is None or now.state is ModelState.ABSENT:
+        return now
+    if now.info is None:
+        return replace(now, info=before.info)
+    if now.info.max_batch_size is None and before.info.max_batch_size is not None:
+        of_config = {name: getattr(before.info, name) for name in ("max_batch_size", "is_decoupled", "is_sequence")}
+        return replace(now, info=replace(now.info, **of_config))
+    return now

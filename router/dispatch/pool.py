@@ -8,12 +8,17 @@ It moves whole batches: no gRPC, no callers, no rows. Decisions are plain calls;
 import asyncio
 import functools
 import logging
+import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from router.core.breaker import SLOW_RATIO, State, common_ratio, may_eject
 from router.core.hedge import Hedging
+from router.core.model_info import IndexEntry, ModelReport, ModelState
+from router.core.model_rules import agree, differ
+from router.core.pulse import Sign
 from router.core.types import Batch, BatchAnswer
 from router.dispatch.member import Backend, Member, Standing
 from router.dispatch.prober import Prober
@@ -26,6 +31,12 @@ logger = logging.getLogger(__name__)
 
 # What a replica is to blame for. Its refusals are the model's word, or back-pressure.
 COUNTED_FAILURES = (StreamLost, BatchTimeout, Malformed)
+# One of several replicas has told that it serves a model: the others have so long to tell what they know of it.
+OTHERS_S = 0.5
+# The word of an index for a model that is served.
+READY = "READY"
+
+A = TypeVar("A")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +70,9 @@ class ReplicaPool:
         self._peers: list[str] = []
         self._has_started = False
         self._closing: set[asyncio.Task[None]] = set()
+        # What wakes those who wait for a change of a replica; the models of which replicas tell different things.
+        self._has_changed = asyncio.Event()
+        self._disagreed: set[tuple[str, str]] = set()
         self._resolver = Resolver(self._set_members, lambda entry: open_source(entry, rules.resolve_interval_s))
         # A model's slots live as long as one of its keys holds them.
         self._slots: weakref.WeakValueDictionary[tuple[str, str], ModelSlots] = weakref.WeakValueDictionary()
@@ -155,6 +169,65 @@ class ReplicaPool:
 
         return slot.slots.take_spare(slot, now, lambda: hedging.may_hedge(batch.rows, now), expect_s)
 
+    # -- questions ---------------------------------------------------------------------------------------------------
+
+    def uses(self, model: tuple[str, str]) -> bool:
+        """Whether a key of the model is alive here."""
+        return model in self._slots
+
+    async def wait_for_change(self) -> None:
+        """Return when a replica may have come, gone, or changed its standing."""
+        await self._has_changed.wait()
+
+    async def describe(self, model: tuple[str, str]) -> ModelReport:
+        """Ask about a model; `model_rules.agree` tells who is believed. Raises StreamLost when nobody can tell."""
+        reports = await self._ask(lambda replica: replica.describe(model), _serves)
+        if not differ(reports):
+            self._disagreed.discard(model)
+        elif model not in self._disagreed:
+            self._disagreed.add(model)
+            logger.warning("replicas tell different things of model %r; the first one is believed: %s", model, reports)
+        agreed = agree(reports)
+        if agreed is None:
+            raise StreamLost(f"no replica tells of model {model[0]!r}")
+        return agreed
+
+    async def is_ready(self) -> bool:
+        """Whether a replica says that it is ready, whatever its models are."""
+        return Sign.READY in await self._ask(lambda replica: replica.probe(), lambda sign: sign is Sign.READY)
+
+    async def index(self) -> tuple[IndexEntry, ...]:
+        """Ask for the models of the backend; of several replicas' entries for one, the first that is READY counts."""
+        found: dict[tuple[str, str], IndexEntry] = {}
+        for entries in await self._ask(lambda replica: replica.index(), lambda _: False):
+            for entry in entries or ():
+                if found.setdefault((entry.name, entry.version), entry).state != READY:
+                    found[entry.name, entry.version] = entry
+        return tuple(found.values())
+
+    async def _ask(self, question: Callable[[Backend], Awaitable[A]], is_enough: Callable[[A], bool]) -> list[A | None]:
+        """What the replicas that are there answer, in their order; None of a silent one.
+
+        Once an answer is enough the others have OTHERS_S: one that hangs holds nobody up.
+        """
+        tasks = [
+            asyncio.create_task(_hear(question(member.replica)), name=f"ask {member.address}")
+            for member in self._members
+            if member.standing is not Standing.AWAY
+        ]
+        pending, loop, until = set(tasks), asyncio.get_running_loop(), math.inf
+        try:
+            while pending and (left_s := until - loop.time()) > 0:
+                done, pending = await asyncio.wait(
+                    pending, timeout=None if until == math.inf else left_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if any((answer := _heard(task)) is not None and is_enough(answer) for task in done):
+                    until = min(until, loop.time() + OTHERS_S)
+            return [_heard(task) for task in tasks]
+        finally:
+            for task in pending:
+                task.cancel()
+
     # -- joining and leaving -----------------------------------------------------------------------------------------
 
     def _staying(self) -> list[Member]:
@@ -209,6 +282,8 @@ class ReplicaPool:
 
         A model that takes some of the room goes behind the others, or the first would take it all.
         """
+        self._has_changed.set()
+        self._has_changed = asyncio.Event()
         for prober in self._probers.values():
             prober.look()
         self._survey()
@@ -282,3 +357,20 @@ class ReplicaPool:
             member.trial = None
         slot.slots.release(slot, failure)
         self._close_if_done(member)
+
+
+async def _hear(answer: Awaitable[A]) -> A | None:
+    """None: silence."""
+    try:
+        return await answer
+    except StreamLost:
+        return None
+
+
+def _heard(task: asyncio.Task[A | None]) -> A | None:
+    """None of a question that is out, or that ended with its replica."""
+    return task.result() if task.done() and not task.cancelled() else None
+
+
+def _serves(report: ModelReport) -> bool:
+    return report.state is ModelState.READY

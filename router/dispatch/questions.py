@@ -4,6 +4,7 @@ Foreign servers know some of these questions and not others; one that a server d
 with "nobody tells". Only silence is a loss.
 """
 
+import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
@@ -17,8 +18,8 @@ from router.core.pulse import Sign
 from router.dispatch.wire import LOST
 from router.errors import StreamLost
 
-# About a model; the silence of a server that computes is the prober's business.
-ANSWER_S = 3.0
+# About a model. Longer than most batches; one that is lost is the prober's business.
+ANSWER_S = 30.0
 
 A = TypeVar("A")
 
@@ -49,26 +50,27 @@ class Questions:
             return ModelReport(ModelState.ABSENT)
 
     async def _describe(self, name: str, version: str) -> ModelReport:
-        """Of a model that is not ready, servers may refuse everything else; Triton says UNAVAILABLE then."""
-        question = pb.ModelReadyRequest(name=name, version=version)
-        ready = await self._hear(self._stub.ModelReady(question, timeout=ANSWER_S), is_of_model=True)
-        state = ModelState.UNREADY if ready is not None and not ready.ready else ModelState.READY
-        try:
-            return ModelReport(state, await self._info(name, version))
-        except StreamLost:
-            if state is ModelState.READY:
-                raise
-            return ModelReport(state)
+        """All at once: many servers block their loop while they compute, and answer in the gaps between two batches.
 
-    async def _info(self, name: str, version: str) -> ModelInfo | None:
-        question = pb.ModelMetadataRequest(name=name, version=version)
-        metadata = await self._hear(self._stub.ModelMetadata(question, timeout=ANSWER_S), is_of_model=True)
-        if metadata is None:
-            return None
-        config = await self._hear(
-            self._stub.ModelConfig(pb.ModelConfigRequest(name=name, version=version), timeout=ANSWER_S)
+        Of a model that is not ready, servers may refuse everything else; Triton says UNAVAILABLE then.
+        """
+        ask, of = self._stub, {"name": name, "version": version}
+        ready, metadata, config = await asyncio.gather(
+            self._hear(ask.ModelReady(pb.ModelReadyRequest(**of), timeout=ANSWER_S), is_of_model=True),
+            self._hear(ask.ModelMetadata(pb.ModelMetadataRequest(**of), timeout=ANSWER_S), is_of_model=True),
+            self._hear(ask.ModelConfig(pb.ModelConfigRequest(**of), timeout=ANSWER_S)),
+            return_exceptions=True,
         )
-        return to_info(metadata, config.config if config is not None else None)
+        is_unready = isinstance(ready, pb.ModelReadyResponse) and not ready.ready
+        state = ModelState.UNREADY if is_unready else ModelState.READY
+        for answer in (ready, metadata, config):
+            if isinstance(answer, BaseException) and not (is_unready and isinstance(answer, StreamLost)):
+                raise answer
+        if not isinstance(metadata, pb.ModelMetadataResponse):
+            return ModelReport(state)
+        return ModelReport(
+            state, to_info(metadata, config.config if isinstance(config, pb.ModelConfigResponse) else None)
+        )
 
     async def index(self) -> tuple[IndexEntry, ...]:
         """See member.Backend."""

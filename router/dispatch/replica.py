@@ -1,4 +1,4 @@
-"""Replica: one address of a backend, its channel, and its streams or calls (`exchange.py`).
+"""Replica: one address of a backend, its connection, and its streams or calls (`exchange.py`).
 
 Each batch that is out has a stream, or a call, to itself. Between batches streams wait in a pool, whatever the model;
 they are opened on demand and closed when idle. Whatever goes wrong on a stream ends that stream only.
@@ -8,12 +8,8 @@ decides to try again.
 """
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Callable
-
-import grpc
-import grpc.aio
 
 from protos.open_inference import open_inference_pb2 as pb
 from protos.open_inference import open_inference_pb2_grpc as pb_grpc
@@ -21,29 +17,16 @@ from router.config import ProtocolName
 from router.core.model_info import IndexEntry, ModelReport
 from router.core.pulse import Sign
 from router.core.types import Batch, BatchAnswer
+from router.dispatch.certificates import Certificates
+from router.dispatch.connection import Connection
 from router.dispatch.exchange import Call, Exchange, Stream
 from router.dispatch.questions import Questions
 from router.dispatch.wire import to_answer, to_request
 from router.errors import BatchTimeout, Blame, Refused, StreamLost
 
-logger = logging.getLogger(__name__)
-
 STREAM_IDLE_S = 60.0
 # The time bound of a batch that is given up: long past.
 ABANDONED_AT = 0.0
-
-
-def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
-    """No keepalive: foreign servers answer pings with GOAWAY. Reconnects after 0.1 s at first, every 2 s at most."""
-    return [
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.enable_http_proxy", 0),
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 2000),
-    ]
 
 
 class Replica:
@@ -60,74 +43,55 @@ class Replica:
         max_message_bytes: int,
         max_in_flight: int,
         protocol: ProtocolName = "stream",
+        certificates: Certificates | None = None,
     ) -> None:
         self.address = address
         self._protocol = protocol
+        self._certificates = certificates
         self._max_in_flight = max_in_flight
         self._batch_timeout_s = batch_timeout_s
         self._max_message_bytes = max_message_bytes
-        # State: the channel and the task that watches it; streams without a batch, the longest idle first; the time
-        # bounds of the batches that are out.
-        self._channel: grpc.aio.Channel | None = None
-        self._stub: pb_grpc.GRPCInferenceServiceAsyncStub | None = None
-        self._watch_task: asyncio.Task[None] | None = None
+        # State: the connection; streams without a batch, the longest idle first, with the timer that closes them; the
+        # time bounds of the batches that are out.
+        self._connection: Connection | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._idle: deque[Exchange] = deque()
         self._out: set[asyncio.Timeout] = set()
-        self._is_connected = False
         self._on_change: Callable[[], None] = lambda: None
         self.in_flight = 0
 
     def __repr__(self) -> str:
-        state = "connected" if self._is_connected else "away"
+        state = "connected" if self.is_connected else "away"
         return f"<Replica {self.address} {state}, {self.in_flight} in flight, {len(self._idle)} idle streams>"
 
     @property
     def is_connected(self) -> bool:
         """See member.Backend."""
-        return self._is_connected
+        return self._connection is not None and self._connection.is_connected
 
     @property
     def is_ready(self) -> bool:
         """See member.Backend."""
-        return self._is_connected and self.in_flight < self._max_in_flight
+        return self.is_connected and self.in_flight < self._max_in_flight
 
     def start(self, on_change: Callable[[], None]) -> None:
         """Connect, stay connected, and call `on_change` when `is_ready` may have changed."""
-        self._channel = grpc.aio.insecure_channel(self.address, options=channel_options(self._max_message_bytes))
-        self._stub = pb_grpc.GRPCInferenceServiceStub(self._channel)
         self._on_change = on_change
-        self._watch_task = asyncio.create_task(self._watch(self._channel), name=f"watch {self.address}")
+        self._connection = Connection(
+            self.address,
+            max_message_bytes=self._max_message_bytes,
+            certificates=self._certificates,
+            on_change=on_change,
+        )
         self._sweep_timer = asyncio.get_running_loop().call_later(STREAM_IDLE_S, self._sweep)
 
     async def aclose(self) -> None:
         """Close idle streams and the connection; batches in flight are lost."""
         if self._sweep_timer:
             self._sweep_timer.cancel()
-        if self._watch_task:
-            self._watch_task.cancel()
-            await asyncio.wait([self._watch_task])
         self.close_idle()
-        if self._channel:
-            await self._channel.close()
-
-    async def _watch(self, channel: grpc.aio.Channel) -> None:
-        """Follow the channel's state; asking for it with try_to_connect is what makes gRPC reconnect."""
-        is_told = False
-        while True:
-            state = channel.get_state(try_to_connect=True)
-            if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and not is_told:
-                logger.warning("backend %s cannot be reached, trying on", self.address)
-                is_told = True
-            elif state is grpc.ChannelConnectivity.READY and not self._is_connected:
-                logger.info("backend %s connected", self.address)
-                self._is_connected = is_told = True
-                self._on_change()
-            elif state is not grpc.ChannelConnectivity.READY and self._is_connected:
-                logger.warning("backend %s lost, reconnecting", self.address)
-                self._is_connected = False
-                self._on_change()
-            await channel.wait_for_state_change(state)
+        if self._connection:
+            await self._connection.aclose()
 
     def _sweep(self) -> None:
         """Close what has been idle for long, and what the server has closed meanwhile."""
@@ -191,8 +155,12 @@ class Replica:
         return await self._ask().index()
 
     def _ask(self) -> Questions:
-        assert self._stub is not None, "a question before start(): this is a bug"
         return Questions(self._stub, self.address)
+
+    @property
+    def _stub(self) -> "pb_grpc.GRPCInferenceServiceAsyncStub":
+        assert self._connection is not None, "asked before start(): this is a bug"
+        return self._connection.stub
 
     def reserve(self) -> None:
         """See member.Backend."""
@@ -211,7 +179,6 @@ class Replica:
             if not stream.is_over:
                 return stream
             stream.close()
-        assert self._stub is not None, "infer() before start(): this is a bug"
         if self._protocol == "unary":
             return Call(self._stub.ModelInfer, self.address, self._batch_timeout_s)
         return Stream(self._stub.ModelStreamInfer(), self.address)

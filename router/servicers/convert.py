@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,9 @@ import numpy.typing as npt
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from router.config import LimitSettings, Settings
 from router.core.batch import partition
-from router.core.types import DEFAULT_TENANT, BatchAnswer, BatchKey, Block, Part, Recipient, Tensor, TensorSpec
-from router.errors import InvalidArgument, ModelFailed, NotFound, RouterError
+from router.core.types import DEFAULT_TENANT, BatchAnswer, BatchKey, Block, Part, Recipient, Tensor
+from router.errors import InvalidArgument, ModelFailed, RouterError
+from router.models import Models, Unlearned
 
 # Taken off a gRPC deadline, so that our own answer still arrives in time.
 GRPC_DEADLINE_MARGIN_S = 0.020
@@ -43,20 +44,29 @@ _CASTABLE = {
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a native row goes and which output it is answered from (None: `output`, else the first)."""
+    """Where a native row goes and which output it is answered from (None: `output`, else the first).
+
+    `wanted`: the outputs that a batch must ask for; (): all. `row_bytes`: of a row as it comes, where it goes on as it
+    is; -1: it goes on as `datatype`.
+    """
 
     key: BatchKey
     output: str | None
+    wanted: tuple[str, ...]
+    row_bytes: int
+    datatype: str
 
 
 class Routes:
     """Agent type, model name and vector length to a route; looked up for every block, so remembered."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, models: Models | None = None) -> None:
         self._settings = settings
+        self._models = models or Models(settings)
         self.find: Callable[[str, str, int], Route] = functools.lru_cache(maxsize=settings.limits.max_keys)(self._find)
 
     def _find(self, agent_type: str, model_name: str, dim: int) -> Route:
+        """Raises RouterError for rows that cannot be served, and Unlearned."""
         limits = self._settings.limits
         check_name("model_name", model_name, limits.max_name_length)
         check_name("agent_type", agent_type, limits.max_name_length)
@@ -66,17 +76,19 @@ class Routes:
             raise InvalidArgument("vector is empty")
         if dim > limits.max_vector_length:
             raise InvalidArgument(f"vector has {dim} values, at most {limits.max_vector_length} are allowed")
-        return self._configured(agent_type, model_name, dim)
+        return self._known(agent_type, model_name, dim)
 
-    def _configured(self, agent_type: str, model_name: str, dim: int) -> Route:
-        model = self._settings.route(model_name, agent_type)
-        if model is None:
-            raise NotFound(f"no model {model_name!r} for agent type {agent_type!r}")
-        spec = TensorSpec(model.vector_input or "vector", "FP32", (dim,))
-        if spec.row_bytes > model.max_batch_bytes:
-            raise InvalidArgument(f"a row of {spec.row_bytes} bytes is over max_batch_bytes = {model.max_batch_bytes}")
-        parameters = (("agent_type", agent_type),) if model.send_agent_type and agent_type else ()
-        return Route(BatchKey(model_name, "", agent_type, (spec,), parameters), model.vector_output)
+    def _known(self, agent_type: str, model_name: str, dim: int) -> Route:
+        model = self._models.find(model_name, "", agent_type)
+        settings = model.settings
+        spec = model.vector_spec(dim)
+        if spec.row_bytes > settings.max_batch_bytes:
+            what = f"a row of {spec.row_bytes} bytes is over max_batch_bytes"
+            raise InvalidArgument(f"{what} = {settings.max_batch_bytes}")
+        parameters = (("agent_type", agent_type),) if settings.send_agent_type and agent_type else ()
+        key = BatchKey(model_name, "", agent_type, (spec,), parameters, is_batched=model.is_batched)
+        output, wanted = model.vector_output()
+        return Route(key, output, wanted, key.row_bytes if spec.datatype == "FP32" else -1, spec.datatype)
 
 
 @dataclass(slots=True)
@@ -202,16 +214,21 @@ def are_finite(vectors: Sequence[bytes]) -> bool:
     return are_whole and _is_finite(np.frombuffer(b"".join(vectors), FLOAT32))
 
 
-def finite_runs(vectors: bytes, rows: int, dim: int, most_bad: int = MAX_BAD_ROWS) -> list[Run]:
+def finite_runs(
+    vectors: bytes, rows: int, dim: int, most_bad: int = MAX_BAD_ROWS, sent: npt.NDArray[Any] | None = None
+) -> list[Run]:
     """Tell rows with a NaN or an infinity from the rest; a bad row's message names its first bad value.
+
+    `sent`: the same values in the datatype that they are sent as, which may be too narrow for some.
 
     Raises:
         InvalidArgument: there are more than `most_bad` of them.
     """
     flat = np.frombuffer(vectors, FLOAT32)
-    if _is_finite(flat):
+    judged = flat if sent is None else sent
+    if _is_finite(judged):
         return [Run(0, rows, None)]
-    finite = np.isfinite(flat)
+    finite = np.isfinite(judged)
     matrix = finite.reshape(rows, dim)
     is_good = np.logical_and.reduce(matrix, axis=1)
     bad_rows = len(is_good) - int(np.count_nonzero(is_good))
@@ -223,41 +240,73 @@ def finite_runs(vectors: bytes, rows: int, dim: int, most_bad: int = MAX_BAD_ROW
     ends = [*starts[1:], rows]
     values = flat.reshape(rows, dim)
     return [
-        Run(start, end - start, None if is_good[start] else _not_finite(values[start]))
+        Run(start, end - start, None if is_good[start] else _not_finite(values[start], matrix[start]))
         for start, end in zip(starts, ends, strict=True)
     ]
 
 
-def _is_finite(flat: FloatArray) -> bool:
+def _is_finite(flat: npt.NDArray[Any]) -> bool:
     """Looked for in the bytes of the answers: 0.7 µs for a short vector, where `all()` makes it 1.4."""
     return b"\0" not in np.isfinite(flat).tobytes()
 
 
-def _not_finite(row: FloatArray) -> InvalidArgument:
-    where = int(np.flatnonzero(~np.isfinite(row))[0])
+def _not_finite(row: FloatArray, is_finite: npt.NDArray[np.bool_]) -> InvalidArgument:
+    where = int(np.flatnonzero(~is_finite)[0])
+    if np.isfinite(row[where]):
+        return InvalidArgument(f"vector[{where}] is {row[where]:g}, which is beyond FP16, as it is sent to the model")
     return InvalidArgument(f"vector[{where}] is {row[where]:g}; every value must be finite as a float32")
+
+
+def read_rows(
+    route: Route, vectors: bytes, rows: int, dim: int, most_bad: int = MAX_BAD_ROWS
+) -> tuple[bytes, list[Run]]:
+    """The rows as they are sent, and which of them are good.
+
+    Raises:
+        InvalidArgument: the bytes are not so many rows, or more than `most_bad` of these are bad.
+    """
+    check_size(vectors, rows, dim)
+    if route.datatype == "FP32":
+        return vectors, finite_runs(vectors, rows, dim, most_bad)
+    with np.errstate(over="ignore"):  # told row by row
+        sent = np.frombuffer(vectors, FLOAT32).astype(_CASTABLE[route.datatype])
+    return sent.tobytes(), finite_runs(vectors, rows, dim, most_bad, sent)
 
 
 def to_blocks(
     route: Route, index: int, vectors: bytes, runs: Sequence[Run], terms: Terms, recipient: Recipient
 ) -> Iterator[Block]:
-    """A core block for each good run."""
+    """A core block for each good run of rows as they are sent."""
     row_bytes = route.key.row_bytes
     for run in runs:
         if run.error is None:
             whole = len(runs) == 1
             rows = vectors if whole else vectors[run.first * row_bytes : (run.first + run.rows) * row_bytes]
             times, whose = (terms.arrived_at, terms.deadline), (terms.tenant, terms.is_batch_class)
-            yield Block(route.key, index, run.first, run.rows, (rows,), row_bytes, *times, recipient, *whose)
+            yield Block(
+                route.key, index, run.first, run.rows, (rows,), row_bytes, *times, recipient, *whose, route.wanted
+            )
 
 
-@dataclass(frozen=True, slots=True)
+def to_waiting(block: RawBlock, index: int, terms: Terms, recipient: Recipient) -> Block:
+    """A block as it came, while nobody knows what its rows are sent as. Raises InvalidArgument for a wrong size."""
+    check_size(block.vectors, block.rows, block.dim)
+    key = BatchKey(block.model_name, "", block.agent_type, ())
+    row_bytes = len(block.vectors) // block.rows
+    times, whose = (terms.arrived_at, terms.deadline), (terms.tenant, terms.is_batch_class)
+    return Block(key, index, 0, block.rows, (block.vectors,), row_bytes, *times, recipient, *whose)
+
+
+@dataclass(slots=True)
 class NamedBlock:
-    """Rows of a unary request that share a route; row n is the agent `names[n]`."""
+    """Rows of a unary request that share a model and a length; row n is the agent `names[n]`.
 
-    route: Route
+    `route` None: the model is not known yet.
+    """
+
     names: tuple[str, ...]
-    vectors: bytes
+    raw: RawBlock
+    route: Route | None
 
 
 def from_agents(
@@ -265,18 +314,30 @@ def from_agents(
 ) -> tuple[list[NamedBlock], dict[str, RouterError]]:
     """Split a request's agents by key; agents that cannot be served come back by name with their error."""
     errors: dict[str, RouterError] = {}
+    found: dict[tuple[str, str, int], Route | None] = {}
     routed = []
     for name, agent in agents.items():
+        place = agent.agent_type, agent.model_name, len(agent.vector)
         try:
             check_name("an agent's name", name, longest_name)
-            routed.append((routes.find(agent.agent_type, agent.model_name, len(agent.vector)), name))
+            found[place] = _find(routes, place)
+            routed.append((place, name))
         except RouterError as error:
             errors[name] = error
-    blocks = [
-        NamedBlock(route, tuple(names), b"".join([to_bytes(agents[name].vector) for name in names]))
-        for route, names in partition(routed).items()
-    ]
+    blocks = []
+    for place, names in partition(routed).items():
+        agent_type, model_name, dim = place
+        vectors = b"".join([to_bytes(agents[name].vector) for name in names])
+        raw = RawBlock(agent_type, model_name, len(names), dim, vectors)
+        blocks.append(NamedBlock(tuple(names), raw, found[place]))
     return blocks, errors
+
+
+def _find(routes: Routes, place: tuple[str, str, int]) -> Route | None:
+    try:
+        return routes.find(*place)
+    except Unlearned:
+        return None
 
 
 def to_bytes(vector: Sequence[float]) -> bytes:

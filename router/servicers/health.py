@@ -1,5 +1,7 @@
 """grpc.health.v1 and reflection, so that probes, grpcurl, buf curl and ghz work without our protos."""
 
+from typing import TypeAlias
+
 import grpc.aio
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -9,11 +11,18 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos.inference_router.v1 import inference_router_pb2 as native
 from protos.open_inference import open_inference_pb2 as open_inference
+from router.core.model_info import ModelState
+from router.errors import NotFound, RouterError
+from router.models import Models
+from router.servicers.status import to_proto
+from router.servicers.unary import abort
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in ((native, "InferenceRouterService"), (open_inference, "GRPCInferenceService"))
 )
+Context: TypeAlias = grpc.aio.ServicerContext[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
+
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
@@ -39,11 +48,36 @@ class PoolWithMethods:
             return self._pool.FindMethodByName(symbol).containing_service.file
 
 
-class Health:
-    """SERVING unless the router is leaving, whatever its backends do."""
+class _Servicer(health_aio.HealthServicer):
+    """Knows the services, and asks for models."""
 
-    def __init__(self) -> None:
-        self._servicer = health_aio.HealthServicer()
+    def __init__(self, models: Models) -> None:
+        super().__init__()
+        self._models = models
+        self.is_leaving = False
+
+    async def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> health_pb2.HealthCheckResponse:
+        """NOT_FOUND, as the protocol has it, for what is neither a service nor a model."""
+        if request.service in ("", *SERVICES):
+            return await super().Check(request, context)
+        try:
+            report = await self._models.report(request.service)
+        except RouterError as error:
+            return await abort(context, to_proto(error))
+        if report.state is ModelState.ABSENT:
+            return await abort(context, to_proto(NotFound(f"neither a service nor a model: {request.service!r}")))
+        is_serving = report.state is ModelState.READY and not self.is_leaving
+        status = health_pb2.HealthCheckResponse
+        return status(status=status.SERVING if is_serving else status.NOT_SERVING)
+
+
+class Health:
+    """SERVING unless the router is leaving, whatever its backends do; of a model what its backend tells now."""
+
+    def __init__(self, models: Models) -> None:
+        self._servicer = _Servicer(models)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register health and reflection."""
@@ -58,4 +92,5 @@ class Health:
 
     async def leave(self) -> None:
         """Say NOT_SERVING from now on."""
+        self._servicer.is_leaving = True
         await self._servicer.enter_graceful_shutdown()

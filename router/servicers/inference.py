@@ -19,6 +19,7 @@ from protos.inference_router.v1 import inference_router_pb2 as pb
 from router.core.types import BatchAnswer, Block, Part
 from router.dataplane import Call
 from router.errors import Cancelled, DeadlineExceeded, InternalError, InvalidArgument, RouterError
+from router.models import Unlearned
 from router.servicers import convert
 from router.servicers.access import OK, PARTIAL
 from router.servicers.status import status_of, to_proto
@@ -133,10 +134,30 @@ class InferenceServicer:
         call = plane.open(reply, sum(len(block.names) for block in blocks), terms.timeout_s)
         reply.blocks = blocks
         try:
-            plane.infer(call, [one for index in range(len(blocks)) for one in _good_rows(index, blocks, terms, call)])
+            known = [(index, block) for index, block in enumerate(blocks) if block.route]
+            plane.infer(call, [one for index, block in known for one in _good_rows(index, block, terms, call)])
+            for index, block in enumerate(blocks):
+                if block.route is None and not call.is_closed:
+                    self._hold(index, block, terms, call)
             await reply.completion
         finally:
             call.cancel()
+
+    def _hold(self, index: int, block: convert.NamedBlock, terms: convert.Terms, call: Call) -> None:
+        """Let a block wait until its model is known."""
+        waiting = convert.to_waiting(block.raw, index, terms, call)
+        resume = functools.partial(self._resume, index, block, terms, call)
+        self._around.hold(call, waiting, resume)
+
+    def _resume(self, index: int, block: convert.NamedBlock, terms: convert.Terms, call: Call, _: Block) -> None:
+        try:
+            raw = block.raw
+            block.route = self._around.routes.find(raw.agent_type, raw.model_name, raw.dim)
+            self._around.plane.infer(call, _good_rows(index, block, terms, call))
+        except Unlearned:
+            self._hold(index, block, terms, call)
+        except RouterError as error:
+            call.fail_rows(index, 0, block.raw.rows, error)
 
     async def _fail(self, reply: "_UnaryReply", error: RouterError, context: UnaryContext) -> pb.PredictResponse:
         self._record(reply, status_of(error).name, error.message)
@@ -173,19 +194,19 @@ def _check_request(request: pb.PredictRequest, max_agents: int, longest_name: in
         raise InvalidArgument(f"{len(request.agents)} agents, at most {max_agents} are allowed in one request")
 
 
-def _good_rows(index: int, blocks: Sequence[convert.NamedBlock], terms: convert.Terms, call: Call) -> Sequence[Block]:
+def _good_rows(index: int, block: convert.NamedBlock, terms: convert.Terms, call: Call) -> Sequence[Block]:
     """A block's good rows; its bad ones fail at once."""
-    block = blocks[index]
-    rows = len(block.names)
+    route, raw = block.route, block.raw
+    assert route is not None, "rows for a model that is not known: this is a bug"
     try:
-        runs = convert.finite_runs(block.vectors, rows, len(block.vectors) // rows // convert.FLOAT32.itemsize)
+        vectors, runs = convert.read_rows(route, raw.vectors, raw.rows, raw.dim)
     except RouterError as error:
-        call.fail_rows(index, 0, rows, error)
+        call.fail_rows(index, 0, raw.rows, error)
         return ()
     for run in runs:
         if run.error is not None:
             call.fail_rows(index, run.first, run.rows, run.error)
-    return list(convert.to_blocks(block.route, index, block.vectors, runs, terms, call))
+    return list(convert.to_blocks(route, index, vectors, runs, terms, call))
 
 
 class _UnaryReply:
@@ -230,6 +251,7 @@ class _UnaryReply:
         """See Reply."""
         block = self.blocks[part.block.index]
         first = part.block.first_row + part.first
+        assert block.route is not None, "an answer for a block that was not sent: this is a bug"
         try:
             data = self._outputs.rows(answer, block.route.output, offset, part.rows)
         except RouterError as error:

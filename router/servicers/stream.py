@@ -11,6 +11,7 @@ A call is open until its last answer is handed to the wire; only then may its id
 """
 
 import asyncio
+import functools
 import logging
 import time
 from collections import deque
@@ -25,11 +26,12 @@ from router.config import Settings
 from router.core.types import DEFAULT_TENANT, BatchAnswer, Block, Part
 from router.dataplane import Call, DataPlane
 from router.errors import Cancelled, InternalError, InvalidArgument, ResourceExhausted, RouterError
-from router.models import Models
+from router.models import Models, Unlearned
 from router.servicers import convert
 from router.servicers.access import OK, PARTIAL, Access
 from router.servicers.status import status_of, to_proto
 from router.servicers.tenants import Tenants
+from router.waiting_room import Resume
 
 Context = grpc.aio.ServicerContext[pb.PredictStreamRequest, pb.PredictStreamResponse]
 
@@ -66,9 +68,21 @@ class Surroundings:
     def apply(self, settings: Settings) -> None:
         """Read new requests by other settings."""
         self.settings = settings
-        self.routes = convert.Routes(settings)
+        self.refit()
         self.tenants = Tenants(settings)
         self.access.set_log_requests(settings.log_requests)
+
+    def refit(self) -> None:
+        """Read new requests by what is known of the models now."""
+        self.routes = convert.Routes(self.settings, self.models)
+
+    def hold(self, call: Call, waiting: Block, resume: Resume) -> None:
+        """Let a call's block wait until its model is known; its rows fail where they may not."""
+        try:
+            call.wait_in(self.models.hold(waiting, resume), waiting)
+        except RouterError as error:
+            self.plane.count_refusal(error, waiting.rows)
+            call.fail_rows(waiting.index, 0, waiting.rows, error)
 
 
 class StreamSession:
@@ -375,7 +389,7 @@ class _StreamReply:
             tenants.of_call(message.tenant, self._session.tenant) if tenants.are_trusted else DEFAULT_TENANT,
             message.priority_class == pb.PRIORITY_CLASS_BATCH,
         )
-        deadline, tenant, is_batch_class = terms.deadline, terms.tenant, terms.is_batch_class
+        deadline, tenant, is_batch = terms.deadline, terms.tenant, terms.is_batch_class
         call = self._call = around.plane.open(self, self._rows, terms.timeout_s)
         blocks: list[Block] = []
         bad_rows = 0
@@ -384,14 +398,11 @@ class _StreamReply:
             self._routes.append(None)
             try:
                 route = self._routes[index] = around.routes.find(agent_type, model_name, dim)
-                key = route.key
-                if len(vectors) != rows * key.row_bytes:
-                    convert.check_size(vectors, rows, dim)
-                if are_finite:
+                width = route.row_bytes
+                if are_finite and len(vectors) == rows * width:
+                    key, wanted = route.key, route.wanted
                     blocks.append(
-                        Block(
-                            key, index, 0, rows, (vectors,), key.row_bytes, now, deadline, call, tenant, is_batch_class
-                        )
+                        Block(key, index, 0, rows, (vectors,), width, now, deadline, call, tenant, is_batch, wanted)
                     )
                 else:
                     good = self._good_blocks(call, route, index, block, terms, convert.MAX_BAD_ROWS - bad_rows)
@@ -399,7 +410,42 @@ class _StreamReply:
                     blocks += good
             except RouterError as error:
                 call.fail_rows(index, 0, block.rows, error)
+            except Unlearned:
+                self._wait(around, call, index, block, terms)
         around.plane.infer(call, blocks)
+
+    def _wait(
+        self, around: Surroundings, call: Call, index: int, block: convert.RawBlock, terms: convert.Terms
+    ) -> None:
+        """Let a block of a model that is not known wait until it is; the other blocks of its call go on."""
+        try:
+            waiting = convert.to_waiting(block, index, terms, call)
+        except RouterError as error:
+            call.fail_rows(index, 0, block.rows, error)
+            return
+        around.hold(call, waiting, functools.partial(self._resume, around, call, index, block, terms))
+
+    def _resume(
+        self,
+        around: Surroundings,
+        call: Call,
+        index: int,
+        block: convert.RawBlock,
+        terms: convert.Terms,
+        _waiting: Block,
+    ) -> None:
+        """The model is known: the block goes on as if it had come now, with its old deadline."""
+        try:
+            route = self._routes[index] = around.routes.find(block.agent_type, block.model_name, block.dim)
+            most_bad = max(convert.MAX_BAD_ROWS - self._failed_rows, 0)
+            around.plane.infer(call, self._good_blocks(call, route, index, block, terms, most_bad))
+        except RouterError as error:
+            call.fail_rows(index, 0, block.rows, error)
+        except Unlearned:
+            self._wait(around, call, index, block, terms)
+        except Exception:
+            logger.exception("call %d (request id %s) failed inside the router", self.call_id, self._request_id)
+            self.abort(InternalError())
 
     def _good_blocks(
         self,
@@ -411,11 +457,11 @@ class _StreamReply:
         most_bad: int,
     ) -> Sequence[Block]:
         """The block's good rows; its bad ones fail at once. Raises RouterError for a fault of the whole block."""
-        runs = convert.finite_runs(block.vectors, block.rows, block.dim, most_bad)
+        vectors, runs = convert.read_rows(route, block.vectors, block.rows, block.dim, most_bad)
         for run in runs:
             if run.error is not None:
                 call.fail_rows(index, run.first, run.rows, run.error)
-        return list(convert.to_blocks(route, index, block.vectors, runs, terms, call))
+        return list(convert.to_blocks(route, index, vectors, runs, terms, call))
 
     def abort(self, error: RouterError) -> None:
         """Fail whatever of the call is still open."""

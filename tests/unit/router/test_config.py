@@ -3,9 +3,17 @@
 from pathlib import Path
 
 import pytest
+import trustme
 import yaml
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from pydantic import ValidationError
 
-from router.config import ConfigError, load, unknown_variables
+from router.config import BUILT_IN, ConfigError, Settings, TlsSettings, load, unknown_variables
 
 DESIGNED_DEFAULTS = {
     "listen": "127.0.0.1:50051",
@@ -216,3 +224,61 @@ def test_answers_are_kept_only_where_equal_rows_have_equal_answers() -> None:
     model = load(write(text % ", deterministic: true")).route("any", "thing")
     assert model is not None
     assert (model.cache_ttl_s, model.cache_max_bytes) == (5, 16 * 1024 * 1024)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    """A certificate with its key, another key, an encrypted one, and a file that is none of that."""
+    authority = trustme.CA()
+    one, other = authority.issue_cert("a.test"), authority.issue_cert("b.test")
+    contents = {
+        "ca": authority.cert_pem.bytes(),
+        "cert": one.cert_chain_pems[0].bytes(),
+        "key": one.private_key_pem.bytes(),
+        "other_key": other.private_key_pem.bytes(),
+        "nothing": b"nothing",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    return {name: str(tmp_path / name) for name in [*contents, "absent"]}
+
+
+def with_tls(**tls: str) -> Settings:
+    backend = {"addresses": ["h:1"], "tls": tls}
+    return Settings(backends={"b": backend}, models=[{"backend": "b"}])  # type: ignore[dict-item, list-item]
+
+
+def test_tls_is_off_and_without_files_as_the_system_has_it(files: dict[str, str]) -> None:
+    assert Settings(**BUILT_IN).backends["mock"].tls is None
+    assert with_tls().backends["b"].tls == TlsSettings()
+    everything = with_tls(ca_file=files["ca"], cert_file=files["cert"], key_file=files["key"], server_name="a.test")
+    tls = everything.backends["b"].tls
+    assert tls is not None
+    assert (tls.ca_file, tls.server_name) == (files["ca"], "a.test")
+
+
+@pytest.mark.parametrize(
+    ("tls", "message"),
+    [
+        ({"ca_file": "absent"}, "absent: No such file or directory"),
+        ({"ca_file": "nothing"}, "nothing is no PEM of certificates"),
+        ({"cert_file": "cert"}, "one is of no use without the other"),
+        ({"key_file": "key"}, "one is of no use without the other"),
+        ({"cert_file": "cert", "key_file": "absent"}, "absent: No such file or directory"),
+        ({"cert_file": "cert", "key_file": "other_key"}, "are no PEM of a certificate and its key"),
+        ({"cert_file": "nothing", "key_file": "key"}, "are no PEM of a certificate and its key"),
+    ],
+)
+def test_certificates_that_cannot_be_used_are_refused_at_once(
+    tls: dict[str, str], message: str, files: dict[str, str]
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        with_tls(**{name: files[file] for name, file in tls.items()})
+
+
+def test_a_key_with_a_password_is_refused_and_nobody_is_asked_for_it(files: dict[str, str]) -> None:
+    key = load_pem_private_key(Path(files["key"]).read_bytes(), None)
+    locked = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    Path(files["key"]).write_bytes(locked)
+    with pytest.raises(ValidationError, match="a key with a password cannot be read"):
+        with_tls(cert_file=files["cert"], key_file=files["key"])

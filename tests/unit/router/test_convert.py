@@ -230,7 +230,7 @@ def test_agents_are_split_by_key_and_bad_ones_come_back_by_name(settings: Settin
     }
     blocks, failed = convert.from_agents(agents, convert.Routes(settings), 256)
     assert [block.names for block in blocks] == [("alice", "dave"), ("carol",)]
-    assert blocks[0].vectors == struct.pack("<4f", 1, 2, 4, 5)
+    assert blocks[0].raw.vectors == struct.pack("<4f", 1, 2, 4, 5)
     assert set(failed) == {"bob", "x" * 300}
     assert failed["bob"].message == "vector is empty"
 

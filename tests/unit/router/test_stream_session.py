@@ -12,6 +12,7 @@ import pytest
 
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from router.config import Settings
+from router.core.model_info import ModelReport, ModelState
 from router.dataplane import DataPlane
 from router.metrics import Metrics
 from router.models import Models
@@ -63,7 +64,7 @@ class Client:
 class Session:
     """What a test needs of a session that runs."""
 
-    def __init__(self, log_requests: str, **limits: int) -> None:
+    def __init__(self, log_requests: str, *, learns: bool, **limits: int) -> None:
         settings = Settings(
             backends={"mock": {"addresses": ["fake:1"]}},  # type: ignore[dict-item]
             models=[{"backend": "mock", "max_batch_size": 64, "max_queue_delay_s": 0}],  # type: ignore[list-item]
@@ -72,11 +73,13 @@ class Session:
         )
         self.metrics = Metrics()
         self.backend = FakeBackend(service_s=0.1)
-        self.plane = DataPlane(settings, {"mock": pool_of(self.backend, max_in_flight=4)}, self.metrics)
+        pools = {"mock": pool_of(self.backend, max_in_flight=4)}
+        pools["mock"].start()
+        self.models = Models(settings, pools) if learns else Models(settings)
+        self.plane = DataPlane(settings, pools, self.metrics, self.models)
         access = Access(self.metrics, settings.log_requests)
-        around = Surroundings(
-            settings, self.plane, Models(settings), Routes(settings), access, VectorOutputs(), Tenants(settings)
-        )
+        routes = Routes(settings, self.models)
+        around = Surroundings(settings, self.plane, self.models, routes, access, VectorOutputs(), Tenants(settings))
         self.client = Client()
         self.session = StreamSession(around, cast(Context, self.client), is_draining=False)
 
@@ -89,21 +92,27 @@ class Session:
 
 
 @asynccontextmanager
-async def running(*, log_requests: str = "off", **limits: int) -> AsyncIterator[Session]:
-    """A session that is over, with nothing open, at the end of the block."""
-    session = Session(log_requests, **limits)
+async def running(*, log_requests: str = "off", learns: bool = False, **limits: int) -> AsyncIterator[Session]:
+    """A session that is over, with nothing open, at the end of the block. `learns`: it asks the backend for models."""
+    session = Session(log_requests, learns=learns, **limits)
     task = asyncio.create_task(session.session.run(), name="session")
     yield session
     session.client.hang_up()
     await task
     assert "<DataPlane 0 open calls" in repr(session.plane)
     assert repr(session.session) == "<StreamSession 0 open calls, 0 messages ready>"
+    assert repr(session.models.budget) == "<Budget 0 rows, 0 bytes>"
+    await session.models.aclose()
     await session.plane.aclose()
 
 
 def call(call_id: int, value: float) -> pb.Call:
     vectors = np.array([value], "<f4").tobytes()
     return pb.Call(call_id=call_id, blocks=[pb.Block(model_name="m", rows=1, dim=1, vectors=vectors)])
+
+
+def value(answer: pb.Answer) -> float:
+    return float(np.frombuffer(answer.outputs, "<f4")[0])
 
 
 async def seconds(number: float) -> None:
@@ -255,3 +264,104 @@ async def test_a_call_leaves_nothing_for_the_garbage_collector() -> None:
             assert gc.collect() < 500
         finally:
             gc.enable()
+
+
+# -- models that are not known yet -------------------------------------------------------------------------------------
+
+
+async def test_calls_of_an_unknown_model_wait_with_their_ids_open_and_begin_in_their_order() -> None:
+    async with running(learns=True) as one:
+        one.backend.set_ready(is_ready=False)
+        one.client.send(call(1, 10), call(2, 20))
+        await seconds(1)
+        one.client.send(call(3, 30))
+        await seconds(1)
+        assert one.client.told == []
+        assert "3 open calls" in repr(one.session)
+        one.backend.set_ready(is_ready=True)
+        await seconds(1)
+        assert one.client.told == [(1, 20.0), (2, 40.0), (3, 60.0)]
+        assert one.backend.described == [("m", "")]
+
+
+async def test_a_call_of_an_unknown_model_may_be_cancelled_and_its_id_used_again() -> None:
+    async with running(learns=True) as one:
+        one.backend.set_ready(is_ready=False)
+        one.client.send(call(1, 10), call(2, 20))
+        await seconds(1)
+        one.client.send(call(1, 30), cancels=(1,))
+        await seconds(1)
+        one.backend.set_ready(is_ready=True)
+        await seconds(1)
+        assert one.client.told == [(2, 40.0), (1, 60.0)]
+
+
+async def test_an_id_that_comes_twice_drops_both_calls_of_an_unknown_model() -> None:
+    async with running(learns=True) as one:
+        one.backend.set_ready(is_ready=False)
+        one.client.send(call(1, 10))
+        await seconds(1)
+        one.client.send(call(1, 20))
+        await seconds(1)
+        assert one.client.told == [(1, "INVALID_ARGUMENT")]
+        one.backend.set_ready(is_ready=True)
+        await seconds(1)
+        assert one.backend.sent == []
+
+
+async def test_a_call_of_an_unknown_model_has_its_old_deadline() -> None:
+    async with running(learns=True) as one:
+        one.backend.set_ready(is_ready=False)
+        short, long = call(1, 10), call(2, 20)
+        short.timeout_s, long.timeout_s = 2, 3
+        one.client.send(short, long)
+        await seconds(2.05)
+        assert one.client.told == [(1, "DEADLINE_EXCEEDED")]
+        one.backend.service_s = None
+        one.backend.set_ready(is_ready=True)
+        await seconds(0.9)
+        assert len(one.backend.sent) == 1
+        assert len(one.client.told) == 1
+        await seconds(0.1)
+        assert one.client.told[1:] == [(2, "DEADLINE_EXCEEDED")]
+
+
+async def test_a_client_that_goes_away_leaves_no_row_behind() -> None:
+    async with running(learns=True) as one:
+        one.backend.set_ready(is_ready=False)
+        one.client.send(call(1, 10))
+        await seconds(1)
+        one.client.send(cancels=(1,))
+
+
+async def test_calls_of_an_unknown_model_are_refused_past_the_bound_of_rows() -> None:
+    async with running(learns=True, max_queued_rows=2) as one:
+        one.backend.set_ready(is_ready=False)
+        one.client.send(call(1, 10), call(2, 20), call(3, 30))
+        await seconds(1)
+        assert one.client.told == [(3, "RESOURCE_EXHAUSTED")]
+        assert one.refused_rows("queue_rows") == 1
+        one.backend.set_ready(is_ready=True)
+        await seconds(1)
+
+
+async def test_blocks_of_several_models_wait_each_for_its_own() -> None:
+    async with running(learns=True) as one:
+        one.backend.reports["gone"] = ModelReport(ModelState.ABSENT)
+        both = call(1, 10)
+        both.blocks.add(model_name="gone", rows=1, dim=1, vectors=bytes(4))
+        both.blocks.add(model_name="n", rows=1, dim=1, vectors=np.array([20], "<f4").tobytes())
+        one.client.send(both)
+        await seconds(1)
+        answers = {answer.block: answer.error.code or value(answer) for answer in one.client.answers}
+        assert answers == {0: 20.0, 1: "NOT_FOUND", 2: 40.0}
+        assert [answer.done for answer in one.client.answers] == [False, False, True]
+
+
+async def test_bad_rows_of_an_unknown_model_fail_by_themselves_when_it_is_known() -> None:
+    async with running(learns=True) as one:
+        vectors = np.array([10, math.nan, 30], "<f4").tobytes()
+        one.client.send(pb.Call(call_id=1, blocks=[pb.Block(model_name="m", rows=3, dim=1, vectors=vectors)]))
+        await seconds(1)
+        told = {answer.first_row: answer.error.code for answer in one.client.answers}
+        assert told == {0: "", 1: "INVALID_ARGUMENT", 2: ""}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from router.core import model_rules as rules
-from router.core.model_info import ModelInfo, TensorInfo
+from router.core.model_info import ModelInfo, ModelReport, ModelState, TensorInfo
 from router.core.types import TensorSpec
 from router.errors import InvalidArgument
 
@@ -255,3 +255,51 @@ def test_a_vector_output_that_is_not_there_is_told_by_its_setting() -> None:
     info = told(outputs=[("a", "FP32", (-1,))])
     with pytest.raises(InvalidArgument, match=r"^the model has no output 'b', as vector_output says, only 'a'$"):
         rules.native_output(info, "b")
+
+
+ONE, OTHER = told(("x", "FP32", (-1,))), told(("x", "FP64", (-1,)))
+
+
+def ready(info: ModelInfo | None = None) -> ModelReport:
+    return ModelReport(ModelState.READY, info)
+
+
+def unready(info: ModelInfo | None = None) -> ModelReport:
+    return ModelReport(ModelState.UNREADY, info)
+
+
+ABSENT = ModelReport(ModelState.ABSENT)
+
+
+@pytest.mark.parametrize(
+    ("reports", "agreed"),
+    [
+        ([], None),
+        ([None], None),
+        ([ABSENT], ABSENT),
+        ([ABSENT, ABSENT], ABSENT),
+        ([ABSENT, None], None),
+        ([ABSENT, unready(ONE)], unready(ONE)),
+        ([unready(ONE), None, ready(OTHER)], ready(OTHER)),
+        ([ready(ONE), ready(OTHER)], ready(ONE)),
+        ([ready(), ready(OTHER)], ready(OTHER)),
+        ([None, ready()], ready()),
+    ],
+)
+def test_what_replicas_agree_on(reports: list[ModelReport | None], agreed: ModelReport | None) -> None:
+    assert rules.agree(reports) == agreed
+
+
+def test_replicas_differ_only_where_two_of_them_tell() -> None:
+    assert rules.differ([ready(ONE), None, unready(OTHER)])
+    assert not rules.differ([ready(ONE), ready(), None, ready(ONE), ABSENT])
+
+
+def test_what_was_told_once_stays_known_until_something_else_is_told() -> None:
+    triton = told(("x", "FP32", (-1,)), max_batch_size=8, is_sequence=True)
+    assert rules.remember(None, ready()) == ready()
+    assert rules.remember(ready(ONE), unready()) == unready(ONE)
+    assert rules.remember(ready(ONE), ready(OTHER)) == ready(OTHER)
+    assert rules.remember(ready(triton), ready(ONE)) == ready(triton)
+    assert rules.remember(ready(ONE), ABSENT) == ABSENT
+    assert rules.remember(ABSENT, ready()) == ready()

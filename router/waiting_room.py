@@ -1,0 +1,81 @@
+"""WaitingRoom: blocks for a model of which nobody knows yet what it takes, or that is being loaded.
+
+They wait here as others do in queues: counted in the one budget, bounded, until their deadline. What they will be sent
+as is decided when they leave, so their key has a model and no inputs yet.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeAlias
+
+from router.core.budget import Budget, exceeded
+from router.core.types import Block
+from router.errors import ResourceExhausted, RouterError
+
+RETRY_AFTER_S = 1.0
+
+Resume: TypeAlias = Callable[[Block], None]
+"""What goes on with a block once its model is known."""
+
+
+class WaitingRoom:
+    """The blocks of one model; `max_rows` of them."""
+
+    def __init__(self, budget: Budget, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self._budget = budget
+        self._loop = asyncio.get_running_loop()
+        # State: what becomes of each block, and the alarm of its deadline; their rows.
+        self._held: dict[Block, tuple[Resume, asyncio.TimerHandle]] = {}
+        self.rows = 0
+
+    def __repr__(self) -> str:
+        return f"<WaitingRoom {self.rows} rows in {len(self._held)} blocks>"
+
+    def hold(self, block: Block, resume: Resume) -> None:
+        """Keep a block until `release`; at its deadline its recipient is told. Raises RouterError if it is refused."""
+        nbytes = block.whole().nbytes
+        refusal = exceeded(
+            block.rows, self.rows, self.max_rows, "rows", " for one model", "queue_rows"
+        ) or self._budget.refusal(block.tenant, block.rows, nbytes)
+        if isinstance(refusal, ResourceExhausted):
+            refusal.retry_after_s = RETRY_AFTER_S
+        if refusal:
+            raise refusal
+        self._held[block] = resume, self._loop.call_at(block.deadline, self._expire, block)
+        self.rows += block.rows
+        self._budget.count(block.tenant, block.rows, nbytes)
+
+    def discard(self, block: Block) -> None:
+        """Nobody waits for a block any more; one that is not here is none of ours."""
+        self._leave(block)
+
+    def release(self) -> None:
+        """Let all go on, in the order in which they came."""
+        for block in list(self._held):
+            resume = self._leave(block)
+            if resume:  # none: what became of another one has closed its call
+                resume(block)
+
+    def fail(self, error: RouterError) -> None:
+        """Answer all."""
+        for block in list(self._held):
+            if self._leave(block) and not block.recipient.is_closed:
+                block.recipient.fail(block.whole(), error)
+
+    def recount(self) -> None:
+        """Tell the budget what waits of each tenant, after its bounds have changed."""
+        for block in self._held:
+            self._budget.count_tenant(block.tenant, block.rows, block.whole().nbytes)
+
+    def _leave(self, block: Block) -> Resume | None:
+        resume, alarm = self._held.pop(block, (None, None))
+        if alarm:
+            alarm.cancel()
+            self.rows -= block.rows
+            self._budget.count(block.tenant, -block.rows, -block.whole().nbytes)
+        return resume
+
+    def _expire(self, block: Block) -> None:
+        self._leave(block)
+        block.recipient.expire()
