@@ -641,7 +641,7 @@ class ModelStreamInferResponse(_message.Message):
     ERROR_MESSAGE_FIELD_NUMBER: _builtins.int
     INFER_RESPONSE_FIELD_NUMBER: _builtins.int
     error_message: _builtins.str
-    """Not empty: the request failed and infer_response is absent."""
+    """Not empty: the request failed, and infer_response holds nothing but its id, if anything."""
     @_builtins.property
     def infer_response(self) -> Global___ModelInferResponse: ...
     def __init__(

@@ -81,6 +81,9 @@ class BatchKey:
     # False: the model takes no batches. A row is a whole request then, a batch one row, and `row_shape` the shape on
     # the wire, without a dimension of rows before it.
     is_batched: bool = True
+    # The outputs that every row of it wants, where nobody tells what else the model has: who names none gets what the
+    # backend likes then, which need not be these. Empty otherwise.
+    outputs: tuple[str, ...] = ()
     # Bytes of one row over all inputs of a fixed width; whether there are others.
     row_bytes: int = field(init=False, repr=False)
     is_variable: bool = field(init=False, repr=False)
@@ -90,7 +93,15 @@ class BatchKey:
     def __post_init__(self) -> None:
         # True == 1 == 1.0 in Python, but not for a model: the values' types are part of the identity.
         typed = tuple((name, type(value).__name__, value) for name, value in self.parameters)
-        identity = (self.model_name, self.model_version, self.agent_type, self.inputs, typed, self.is_batched)
+        identity = (
+            self.model_name,
+            self.model_version,
+            self.agent_type,
+            self.inputs,
+            typed,
+            self.is_batched,
+            self.outputs,
+        )
         object.__setattr__(self, "row_bytes", sum(spec.row_bytes for spec in self.inputs))
         object.__setattr__(self, "is_variable", any(spec.is_variable for spec in self.inputs))
         object.__setattr__(self, "_identity", identity)

@@ -44,8 +44,8 @@ class Target:
 class Head:
     """A checked head. `sizes`: bytes of each input's raw contents, -1 for BYTES; `timeout_s`: as the request asks.
 
-    `outputs`: the names that are wanted, all when empty; `classes`: as how many classes each of them is to be told, 0
-    for as it is; empty when none is. `wants_final`: the answer shall say that no other follows.
+    `outputs`: the names that are wanted, all when empty; `asked`: those that its batch has to ask for; `classes`: as
+    how many classes each of `outputs` is to be told, 0 for as it is; empty when none is.
     """
 
     target: Target
@@ -54,8 +54,8 @@ class Head:
     timeout_s: float | None
     is_batch_class: bool
     outputs: tuple[str, ...]
+    asked: tuple[str, ...]
     classes: tuple[int, ...]
-    wants_final: bool
 
 
 class Heads:
@@ -103,12 +103,13 @@ class Heads:
         specs, rows = _read_specs(message.inputs, is_batched=model.is_batched)
         kept = parameters.of_the_key(asked, model.settings.ignore_parameters)
         _check_head(specs, kept)
-        whose = message.model_name, message.model_version, agent_type
-        target = self._find_target(whose, specs, kept, tuple(type(value) for _, value in kept))
         outputs, classes = _read_outputs(message.outputs)
         model.check_outputs(outputs)
-        wants_final = parameters.wants_final(asked)
-        return Head(target, rows, _sizes(specs, rows), timeout_s, is_batch_class, outputs, classes, wants_final)
+        told = _told_outputs(model)
+        apart = () if told else tuple(sorted(outputs))
+        whose = message.model_name, message.model_version, agent_type
+        target = self._find_target(whose, specs, kept, tuple(type(value) for _, value in kept), apart)
+        return Head(target, rows, _sizes(specs, rows), timeout_s, is_batch_class, outputs, outputs or told, classes)
 
     def _find(self, model_name: str, model_version: str, agent_type: str) -> Model:
         if not model_name:
@@ -125,12 +126,13 @@ class Heads:
         specs: tuple[TensorSpec, ...],
         kept: tuple[tuple[str, ParameterValue], ...],
         _types: tuple[type, ...],
+        outputs: tuple[str, ...],
     ) -> Target:
         model = self._find_model(*whose)
         model.check_inputs(specs)
         if model.settings.send_agent_type and whose[2]:
             kept = tuple(sorted([*kept, (parameters.AGENT_TYPE, whose[2])], key=lambda item: item[0]))
-        target = Target(BatchKey(*whose, specs, kept, model.is_batched), model.settings.max_batch_bytes)
+        target = Target(BatchKey(*whose, specs, kept, model.is_batched, outputs), model.settings.max_batch_bytes)
         if target.key.row_bytes > target.max_row_bytes:
             raise too_wide(target.key.row_bytes, target)
         return target
@@ -235,6 +237,11 @@ def _read_outputs(
     if len(set(names)) < len(names):
         raise InvalidArgument("an output is asked for twice")
     return names, classes if any(classes) else ()
+
+
+def _told_outputs(model: Model) -> tuple[str, ...]:
+    """The names of all, as far as the backend tells. To name none is not the same: MLServer leaves some out then."""
+    return tuple(tensor.name for tensor in model.info.outputs) if model.info else ()
 
 
 def _sizes(specs: Sequence[TensorSpec], rows: int) -> tuple[int, ...]:

@@ -171,6 +171,7 @@ class InferRequest:
             await self._around.models.learn(*model, rows=1, nbytes=nbytes, deadline=deadline, tenant=tenant)
         except RouterError as error:
             self._learning = None
+            self._around.plane.count_refusal(error, 1)
             self._end(error)
             return
         self._learning = None
@@ -193,7 +194,7 @@ class InferRequest:
             self.response = self._front.responses.of_batch(rows.head, self._message.id, answer, offset)
             self._end(None)
             return
-        self._pieces[part.first] = responses.cut(answer, rows.head.outputs, offset, part.rows)
+        self._pieces[part.first] = responses.cut(answer, rows.head, offset, part.rows)
         if is_last:
             outputs = responses.join(self._pieces)
             self.response = responses.of_tensors(rows.head, self._message.id, outputs, answer.model_version)

@@ -2,7 +2,8 @@
 
 Many requests may be open at once. Each is answered when its rows are, whatever the order: an answer carries the id of
 its request, also in front of an error's text (`[request id: 7] …`). Two requests may have the same id, or none; then
-each has its answer, and the client knows what to do with it. A request never fails the stream.
+each has its answer, and the client knows what to do with it. A request never fails the stream. tritonclient can wait
+for an answer that says that no other follows (`triton_final_response`): every answer says so.
 
 The protocol has no word for a router that is about to leave. So a stream is served for as long as the router takes
 calls, and once its requests are answered it ends with UNAVAILABLE: what the client has sent meanwhile was not begun.
@@ -18,9 +19,9 @@ import grpc.aio
 
 from protos.open_inference import open_inference_pb2 as pb
 from router.config import Settings
-from router.errors import ResourceExhausted
+from router.errors import InternalError, ResourceExhausted
 from router.servicers.infer_request import Arrival, Front, InferRequest, record
-from router.servicers.status import to_proto
+from router.servicers.parameters import IS_FINAL
 from router.servicers.stream import MAX_UNREAD_BYTES, UNREAD_RETRY_AFTER_S
 from router.servicers.unary import Unreadable, seconds_left
 
@@ -163,7 +164,13 @@ class InferStream:
 
 
 def _to_message(request: InferRequest) -> pb.ModelStreamInferResponse:
-    if request.error is None:
-        return pb.ModelStreamInferResponse(infer_response=request.response)
-    told = to_proto(request.error)
-    return pb.ModelStreamInferResponse(error_message=f"[request id: {request.id or NO_ID}] {told.message}")
+    """As Triton tells it: an answer is the last to its request, and an error has the request's id twice."""
+    message = pb.ModelStreamInferResponse()
+    if request.response is not None:
+        message.infer_response.CopyFrom(request.response)
+        message.infer_response.parameters[IS_FINAL].bool_param = True
+        return message
+    error = request.error or InternalError()
+    message.error_message = f"[request id: {request.id or NO_ID}] {error.message}"
+    message.infer_response.id = request.id
+    return message

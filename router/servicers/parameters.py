@@ -23,8 +23,8 @@ MAX_SHOWN_CHARACTERS = 100
 
 AGENT_TYPE, TIMEOUT, PRIORITY = "agent_type", "timeout", "priority"
 CLASSIFICATION = "classification"
-# Asks for `triton_final_response` with the last answer to a request, which is the only one here.
-WANTS_FINAL, IS_FINAL = "triton_enable_empty_final_response", "triton_final_response"
+# Of an answer: no other follows to the same request.
+IS_FINAL = "triton_final_response"
 _NOT_OF_THE_KEY = frozenset({AGENT_TYPE, TIMEOUT, PRIORITY, "headers", CLASSIFICATION})
 _NOT_OF_THE_KEY_PREFIXES = ("binary_data", "triton_")
 _TRANSPORT_PREFIX = "binary_data"
@@ -51,11 +51,6 @@ def agent_type(parameters: Parameters) -> str:
     if not isinstance(value, str):
         raise InvalidArgument(f"parameter {AGENT_TYPE!r} is {_shown(value)}; it must be a text")
     return value
-
-
-def wants_final(parameters: Parameters) -> bool:
-    """See WANTS_FINAL."""
-    return WANTS_FINAL in parameters and bool(_value(WANTS_FINAL, parameters[WANTS_FINAL]))
 
 
 def of_the_key(parameters: Parameters, ignored: Sequence[str] = ()) -> tuple[tuple[str, ParameterValue], ...]:

@@ -11,7 +11,6 @@ from router.core.types import BYTES, BatchAnswer, Tensor
 from router.errors import InvalidArgument, ModelFailed
 from router.servicers.classification import classify
 from router.servicers.heads import Head
-from router.servicers.parameters import IS_FINAL
 
 
 class Responses:
@@ -46,7 +45,7 @@ class Responses:
 
     def _prepare(self, head: Head, answer: BatchAnswer) -> None:
         self._answer = None  # what follows may raise
-        self._chosen = choose(answer.outputs, head.outputs)
+        self._chosen = choose(answer.outputs, head.outputs, head.asked)
         shapes = [(tensor, (head.rows, *tensor.shape[1:])) for tensor in self._chosen]
         self._form = _form(head, shapes, answer.model_version)
         self._answer, self._head = answer, head
@@ -74,15 +73,17 @@ def _form(head: Head, outputs: Sequence[tuple[Tensor, tuple[int, ...]]], model_v
     for tensor, shape in outputs:
         whole = shape if key.is_batched else shape[1:]
         response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=whole)
-    if head.wants_final:
-        response.parameters[IS_FINAL].bool_param = True
     return response
 
 
-def choose(outputs: Sequence[Tensor], wanted: Sequence[str]) -> list[Tensor]:
-    """The outputs that a request asks for, in its order; all of them when it names none. Raises InvalidArgument."""
+def choose(outputs: Sequence[Tensor], wanted: Sequence[str], order: Sequence[str] = ()) -> list[Tensor]:
+    """The outputs that a request wants, in its order. Raises InvalidArgument when one is not there.
+
+    All of them when it names none; `order`: the names of those whose order is known, whatever the backend makes of it.
+    """
     if not wanted:
-        return list(outputs)
+        rank = {name: number for number, name in enumerate(order)}
+        return sorted(outputs, key=lambda tensor: rank.get(tensor.name, len(rank)))
     by_name = {tensor.name: tensor for tensor in outputs}
     for name in wanted:
         if name not in by_name:
@@ -90,9 +91,9 @@ def choose(outputs: Sequence[Tensor], wanted: Sequence[str]) -> list[Tensor]:
     return [by_name[name] for name in wanted]
 
 
-def cut(answer: BatchAnswer, wanted: Sequence[str], first: int, rows: int) -> list[Tensor]:
-    """Some rows of a batch, of the outputs that a request asks for. Raises InvalidArgument."""
-    return [rows_of(tensor, first, rows) for tensor in choose(answer.outputs, wanted)]
+def cut(answer: BatchAnswer, head: Head, first: int, rows: int) -> list[Tensor]:
+    """Some rows of a batch, of the outputs that a request wants. Raises InvalidArgument."""
+    return [rows_of(tensor, first, rows) for tensor in choose(answer.outputs, head.outputs, head.asked)]
 
 
 def join(pieces: Mapping[int, Sequence[Tensor]]) -> list[Tensor]:

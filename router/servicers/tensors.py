@@ -72,7 +72,7 @@ class Rows:
                 recipient,
                 tenant,
                 is_batch_class,
-                head.outputs,
+                head.asked,
                 self.offsets,
             )
         return Block(
@@ -87,7 +87,7 @@ class Rows:
             recipient,
             tenant,
             is_batch_class,
-            head.outputs,
+            head.asked,
         )
 
 

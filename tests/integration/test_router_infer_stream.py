@@ -56,12 +56,13 @@ class Stream:
         message = await self.next()
         assert message is not None, "the stream has ended"
         assert not message.error_message, message.error_message
+        assert message.infer_response.parameters["triton_final_response"].bool_param
         return message.infer_response.id, values(message.infer_response)
 
     async def error(self) -> str:
         message = await self.next()
         assert message is not None, "the stream has ended"
-        assert not message.HasField("infer_response")
+        assert not message.infer_response.outputs
         return message.error_message
 
 

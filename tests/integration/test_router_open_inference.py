@@ -1,5 +1,6 @@
 """What Open Inference clients ask a router about itself and its models, over real gRPC."""
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,7 +20,7 @@ from router.server import RouterServer
 from tests.builders import encode_texts
 from tests.integration.stack import Stack, open_channel, router_settings, serving
 from tests.open_inference_server import OpenInferenceServer as Server
-from tests.open_inference_server import ServedModel
+from tests.open_inference_server import ServedModel, metadata
 
 pytestmark = pytest.mark.anyio
 
@@ -27,9 +28,17 @@ Stub: TypeAlias = "pb_grpc.GRPCInferenceServiceAsyncStub"
 SERVICE = "inference.GRPCInferenceService"
 
 
+async def until_connected(router: RouterServer) -> None:
+    """Before that nobody answers, and a model is not ready."""
+    async with asyncio.timeout(30):
+        while not router.metrics.registry.get_sample_value("router_ready_replicas", {"backend": "mock"}):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
 @asynccontextmanager
 async def asking(model: Mapping[str, object] | None = None) -> AsyncIterator[tuple[Stack, Stub]]:
     async with serving(model=model) as stack, open_channel(stack.router.address) as channel:
+        await until_connected(stack.router)
         yield stack, pb_grpc.GRPCInferenceServiceStub(channel)
 
 
@@ -144,6 +153,7 @@ async def in_front_of(models: Mapping[str, ServedModel], **model: object) -> Asy
         router = RouterServer(router_settings([server.address], model))
         await router.start()
         stack.push_async_callback(router.stop)
+        await until_connected(router)
         channel = await stack.enter_async_context(open_channel(router.address))
         yield pb_grpc.GRPCInferenceServiceStub(channel), server
 
@@ -217,6 +227,56 @@ async def test_every_datatype_travels_there_and_back_whole_or_split_over_batches
         assert len(server.requests) == -(-5 // max_batch_size)
 
 
+async def test_typed_contents_reach_the_model_raw() -> None:
+    request = pb.ModelInferRequest(model_name="m")
+    contents = pb.InferTensorContents(fp64_contents=[1, 2, 3, 4])
+    request.inputs.add(name="x", datatype="FP64", shape=[2, 2], contents=contents)
+    async with in_front_of({"m": ServedModel(infer=echo)}) as (stub, _):
+        response = await stub.ModelInfer(request)
+        assert list(response.raw_output_contents) == [np.array([1, 2, 3, 4], "<f8").tobytes()]
+
+
+async def test_what_the_backend_tells_of_a_model_is_told_on() -> None:
+    told = metadata("m", [("x", "FP32", (-1, 4)), ("mask", "BOOL", (-1, 4))], [("y", "FP32", (-1, 4))])
+    told.platform, told.versions[:] = "onnx", ["1", "2"]
+    config = pb.ModelConfig(name="m", max_batch_size=8, input=[pb.ModelInput(name="mask", optional=True)])
+    async with in_front_of({"m": ServedModel(told, config=config)}) as (stub, server):
+        assert await stub.ModelMetadata(pb.ModelMetadataRequest(name="m")) == told
+        ours = (await stub.ModelConfig(pb.ModelConfigRequest(name="m"))).config
+        inputs = [(tensor.name, tensor.optional) for tensor in ours.input]
+        assert (ours.max_batch_size, inputs) == (8, [("x", False), ("mask", True)])
+        response = await stub.ModelInfer(whole(3, 4))  # without the optional input
+        assert (response.outputs[0].name, list(response.outputs[0].shape)) == ("y", [3, 4])
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.ModelInfer(whole(3, 5))
+        assert failed.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert len(server.requests) == 1
+
+
+async def test_a_model_that_is_not_ready_or_unknown_is_told_so() -> None:
+    models = {"m": ServedModel(metadata("m", [("x", "FP32", (-1, 1))], [("y", "FP32", (-1, 1))]))}
+    async with in_front_of(models) as (stub, _):
+        assert (await stub.ModelReady(pb.ModelReadyRequest(name="m"))).ready
+        models["m"].is_ready = False
+        assert not (await stub.ModelReady(pb.ModelReadyRequest(name="m"))).ready
+        assert not (await stub.ModelReady(pb.ModelReadyRequest(name="other"))).ready
+        index = {entry.name: entry.state for entry in (await stub.RepositoryIndex(pb.RepositoryIndexRequest())).models}
+        assert index == {"m": "UNAVAILABLE"}
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.ModelInfer(pb.ModelInferRequest(model_name="other"))
+        assert failed.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_model_that_cannot_be_batched_rightly_is_refused_with_what_would_help() -> None:
+    told = metadata("m", [("x", "FP32", (-1, 4))], [("y", "FP32", (4,))])
+    async with in_front_of({"m": ServedModel(told)}) as (stub, server):
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.ModelInfer(whole(3, 4))
+        assert failed.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert "batching: off" in str(failed.value.details())
+        assert server.requests == []
+
+
 async def test_outputs_are_each_callers_own_in_its_own_order_split_over_batches() -> None:
     request = pb.ModelInferRequest(model_name="m")
     for name in ("a", "b", "c"):
@@ -228,3 +288,24 @@ async def test_outputs_are_each_callers_own_in_its_own_order_split_over_batches(
         response = await stub.ModelInfer(request)
         assert [output.name for output in response.outputs] == ["c", "a"]
         assert np.frombuffer(response.raw_output_contents[1], "<i4").tolist() == [1, 2, 3]
+
+
+def moody(request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+    """Outputs `y` and `z`, of which it leaves out `z` when none is named."""
+    response = pb.ModelInferResponse(id=request.id)
+    for name in [output.name for output in request.outputs] or ["y"]:
+        response.outputs.add(name=name, datatype="FP32", shape=request.inputs[0].shape)
+        response.raw_output_contents.append(request.raw_input_contents[0])
+    return response
+
+
+@pytest.mark.parametrize(("are_told", "all_names"), [(True, ["y", "z"]), (False, ["y"])])
+async def test_who_names_no_outputs_has_all_that_are_told_and_who_names_some_has_those(
+    are_told: bool, all_names: Sequence[str]
+) -> None:
+    shape = (-1, 1)
+    told = metadata("m", [("x", "FP32", shape)], [("y", "FP32", shape), ("z", "FP32", shape)])
+    async with in_front_of({"m": ServedModel(told if are_told else None, infer=moody)}) as (stub, _):
+        for wanted, found in (((), all_names), (("z",), ["z"]), (("z", "y"), ["z", "y"])):
+            response = await stub.ModelInfer(whole(1, 1, outputs=wanted))
+            assert [output.name for output in response.outputs] == list(found)

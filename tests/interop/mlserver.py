@@ -17,6 +17,7 @@ from protos.open_inference import open_inference_pb2 as pb
 from protos.open_inference import open_inference_pb2_grpc as pb_grpc
 from router.config import Settings
 from router.server import RouterServer
+from router_client import RouterClient
 
 RUNTIME = Path(__file__).with_name("mlserver_model.py")
 DIM = 4
@@ -58,6 +59,7 @@ class Front:
 
     router: RouterServer
     stub: "pb_grpc.GRPCInferenceServiceAsyncStub"
+    native: RouterClient
 
     async def ask(self, rows: Sequence[Sequence[float]], model: str = "gated") -> Answers:
         """The rows' answers; raises grpc.aio.AioRpcError."""
@@ -124,20 +126,16 @@ async def routed(address: str) -> AsyncIterator[Front]:
         "drain_delay_s": 0.0,
         "log_requests": "off",
         "backends": {"mlserver": {"addresses": [address], "protocol": "unary", "max_in_flight": 1}},
-        "models": [
-            {
-                "match": {"model_name": "digits"},
-                "backend": "mlserver",
-                "vector_input": "image",
-                "vector_output": "predict",
-            },
-            {"backend": "mlserver", "vector_input": "x", "vector_output": "y"},
-        ],
+        # Which tensors native rows travel in, the models' metadata tells.
+        "models": [{"backend": "mlserver"}],
     }
     router = RouterServer(Settings(**settings))  # type: ignore[arg-type]
     await router.start()
     try:
-        async with grpc.aio.insecure_channel(router.address, CHANNEL_OPTIONS) as channel:
-            yield Front(router, pb_grpc.GRPCInferenceServiceStub(channel))
+        async with (
+            grpc.aio.insecure_channel(router.address, CHANNEL_OPTIONS) as channel,
+            RouterClient(router.address) as native,
+        ):
+            yield Front(router, pb_grpc.GRPCInferenceServiceStub(channel), native)
     finally:
         await router.stop()

@@ -3,7 +3,7 @@
 import asyncio
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,7 @@ import pytest
 
 from examples.digits.__main__ import Truth, load
 from protos.open_inference import open_inference_pb2 as pb
-from router.core.model_info import ModelInfo, ModelReport, ModelState, TensorInfo
-from router.dispatch.replica import Replica
+from router_client import Agent
 from tests.acceptance.processes import fixed_ports
 from tests.interop.mlserver import DIM, PATIENCE_S, Front, add_model, held, infer_request, read, routed
 from tools.mlserver import PYTHON, MLServer, serving, why_missing
@@ -72,6 +71,16 @@ async def test_a_network_answers_every_image_as_it_does_directly(served: Served)
 
     predictions = await asyncio.gather(*(ask(image) for image in served.truth.images))
     assert predictions == served.truth.predictions.tolist()
+
+
+async def test_it_answers_native_agents_too(served: Served) -> None:
+    """Their rows come as float32 and go as float32, whatever the model's integers are."""
+    agents = {
+        f"{number}": Agent(model_name="digits", vector=image.tolist())
+        for number, image in enumerate(served.truth.images)
+    }
+    results = await served.front.native.predict(agents, timeout_s=PATIENCE_S)
+    assert [results[name].output for name in agents] == [[digit] for digit in served.truth.predictions.tolist()]
 
 
 async def test_rows_of_many_callers_share_a_batch(served: Served) -> None:
@@ -131,28 +140,37 @@ async def _outputs(call: "grpc.aio.UnaryUnaryCall[pb.ModelInferRequest, pb.Model
 
 
 async def test_its_metadata_is_read(served: Served) -> None:
-    async with replica_of(served.server) as replica:
-        report = await replica.describe(("gated", ""))
-        nobody = await replica.describe(("nobody", ""))
-    info = ModelInfo(
-        "gated",
-        "test",
-        (),
-        (TensorInfo("x", "FP32", (-1, DIM)),),
-        (TensorInfo("y", "FP32", (-1, DIM)), TensorInfo("z", "FP32", (-1, DIM))),
-    )
-    assert (report, nobody) == (ModelReport(ModelState.READY, info), ModelReport(ModelState.ABSENT))
+    stub = served.front.stub
+    told = await stub.ModelMetadata(pb.ModelMetadataRequest(name="gated"), timeout=PATIENCE_S)
+    assert [(tensor.name, tensor.datatype, list(tensor.shape)) for tensor in (*told.inputs, *told.outputs)] == [
+        ("x", "FP32", [-1, DIM]),
+        ("y", "FP32", [-1, DIM]),
+        ("z", "FP32", [-1, DIM]),
+    ]
+    assert told.platform == "test"
 
 
-async def test_a_model_that_is_unloaded_is_absent_until_it_is_loaded_again(served: Served) -> None:
-    async with replica_of(served.server) as replica, httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as client:
-        states: list[object] = []
-        for step in ("unload", "load"):
+async def test_requests_are_checked_by_its_metadata(served: Served) -> None:
+    batches = served.front.count("router_batch_rows_count", backend="mlserver")
+    for name, width in (("nothing", DIM), ("x", DIM + 1)):
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await served.front.stub.ModelInfer(
+                infer_request("gated", name, np.ones((1, width), "<f4")), timeout=PATIENCE_S
+            )
+        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert served.front.count("router_batch_rows_count", backend="mlserver") == batches
+
+
+async def test_a_model_that_is_unloaded_is_not_ready_until_it_is_loaded_again(served: Served) -> None:
+    """Told over MLServer's own repository API."""
+    async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as client:
+        for step, is_ready, state in (("unload", False, "UNAVAILABLE"), ("load", True, "READY")):
             url = f"http://{served.server.rest_address}/v2/repository/models/other/{step}"
             (await client.post(url)).raise_for_status()
-            states.append((await replica.describe(("other", ""))).state)
-            states.append({entry.name: entry.state for entry in await replica.index()}["other"])
-    assert states == [ModelState.ABSENT, "UNAVAILABLE", ModelState.READY, "READY"]
+            ready = await served.front.stub.ModelReady(pb.ModelReadyRequest(name="other"), timeout=PATIENCE_S)
+            index = await served.front.stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=PATIENCE_S)
+            assert (ready.ready, {model.name: model.state for model in index.models}["other"]) == (is_ready, state)
+    assert await served.front.ask([row(3)], "other") == [row(6)]
 
 
 async def test_rows_outlive_the_server(tmp_path: Path) -> None:
@@ -166,15 +184,3 @@ async def test_rows_outlive_the_server(tmp_path: Path) -> None:
             await server.program.end()
         async with serving(tmp_path, workers=0, ports=ports):
             assert await asyncio.gather(*calls) == [[row(2 * value)] for value in range(8)]
-
-
-@asynccontextmanager
-async def replica_of(server: MLServer) -> AsyncIterator[Replica]:
-    replica = Replica(
-        server.address, batch_timeout_s=PATIENCE_S, max_message_bytes=2**20, max_in_flight=1, protocol="unary"
-    )
-    replica.start(lambda: None)
-    try:
-        yield replica
-    finally:
-        await replica.aclose()

@@ -50,10 +50,13 @@ class Client:
         return await self._sent.get()
 
     async def write(self, message: pb.ModelStreamInferResponse) -> None:
+        response = message.infer_response
         if message.error_message:
             self.errors.append(message.error_message)
+            assert response == pb.ModelInferResponse(id=response.id)
+            assert message.error_message.startswith(f"[request id: {response.id or '<id_unknown>'}] ")
         else:
-            response = message.infer_response
+            assert response.parameters["triton_final_response"].bool_param
             self.told.append((response.id, float(np.frombuffer(response.raw_output_contents[0], "<f4")[0])))
         await self._reads.wait()
 
@@ -215,7 +218,7 @@ async def test_answers_wait_for_a_client_that_does_not_read_and_keep_their_order
 
 
 async def test_requests_of_who_reads_nothing_are_refused_and_then_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.servicers.infer_stream.MAX_UNREAD_BYTES", 600)  # two answers, and not four
+    monkeypatch.setattr("router.servicers.infer_stream.MAX_UNREAD_BYTES", 800)  # two answers, and not three
     async with running() as one:
         one.client.stop_reading()
         for number in range(10):

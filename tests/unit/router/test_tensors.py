@@ -4,17 +4,19 @@ import re
 import struct
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from protos.open_inference import open_inference_pb2 as pb
 from router.config import Settings
+from router.core.model_info import ModelInfo, TensorInfo
 from router.core.types import BatchAnswer, Block, Tensor
 from router.core.variable import VariableBlock
 from router.dispatch.wire import to_request
 from router.errors import InvalidArgument, ModelFailed, RouterError
-from router.models import Models
+from router.models import Model, Models
 from router.servicers.classification import classify
 from router.servicers.convert import Routes, Terms
 from router.servicers.heads import Head, Heads
@@ -286,6 +288,46 @@ def test_a_head_that_is_remembered_still_asks_for_the_right_bytes() -> None:
         assert refused.value.message == message
 
 
+class Told(Models):
+    """All models have these outputs."""
+
+    def __init__(self, settings: Settings, *names: str) -> None:
+        super().__init__(settings)
+        self._info = ModelInfo("m", outputs=tuple(TensorInfo(name, "FP32", (-1,)) for name in names))
+
+    def find(self, model_name: str, model_version: str, agent_type: str) -> Model:
+        return replace(super().find(model_name, model_version, agent_type), info=self._info)
+
+
+def wanting(*names: str) -> pb.ModelInferRequest:
+    message = one_row()
+    for name in names:
+        message.outputs.add(name=name)
+    return message
+
+
+def test_where_outputs_are_told_all_requests_share_a_key_and_who_names_none_asks_for_all() -> None:
+    given = settings()
+    heads = Heads(given, Told(given, "a", "b"))
+    none, one, both = (read_with(wanting(*names), heads).head for names in ((), ("b",), ("b", "a")))
+    assert none.target is one.target is both.target
+    assert (none.asked, one.asked, both.asked) == (("a", "b"), ("b",), ("b", "a"))
+    assert (none.outputs, one.outputs, both.outputs) == ((), ("b",), ("b", "a"))
+    assert none.target.key.outputs == ()
+
+
+def test_where_outputs_are_not_told_requests_that_want_others_share_no_key() -> None:
+    given = settings()
+    heads = Heads(given, Models(given))
+    none, one, both, same = (read_with(wanting(*names), heads).head for names in ((), ("b",), ("b", "a"), ("a", "b")))
+    assert len({none.target.key, one.target.key, both.target.key}) == 3
+    assert both.target.key == same.target.key
+    assert (none.asked, one.asked, both.asked, same.asked) == ((), ("b",), ("b", "a"), ("a", "b"))
+    sent = to_request(make_batch(read_with(wanting("b", "a"), heads).to_block(Terms(0, 1), Listener()).whole()))
+    assert [output.name for output in sent.outputs] == ["a", "b"]
+    assert not sent.parameters
+
+
 # Models without batches
 
 
@@ -426,6 +468,7 @@ def test_outputs_are_chosen_in_the_order_asked_for() -> None:
     outputs = [Tensor(name, "FP32", (1,), np.float32(0).tobytes()) for name in "abc"]
     assert [one.name for one in choose(outputs, ["c", "a"])] == ["c", "a"]
     assert choose(outputs, []) == outputs
+    assert [one.name for one in choose(outputs, [], ["b", "d", "a"])] == ["b", "a", "c"]
     with pytest.raises(InvalidArgument, match="the model has no output 'd', only 'a', 'b', 'c'"):
         choose(outputs, ["d"])
 
@@ -456,8 +499,7 @@ def answer(*outputs: Tensor) -> BatchAnswer:
 
 
 def test_each_request_of_a_batch_has_its_rows_and_the_outputs_it_wants() -> None:
-    plain, wanting = one_row(), one_row()
-    wanting.outputs.add(name="t")
+    plain, asked = one_row(), wanting("t")
     given = settings()
     heads = Heads(given, Models(given))
     batch = answer(
@@ -467,7 +509,7 @@ def test_each_request_of_a_batch_has_its_rows_and_the_outputs_it_wants() -> None
     responses = Responses()
     found = [
         responses.of_batch(read_with(message, heads).head, str(row), batch, row)
-        for row, message in enumerate((plain, wanting, plain))
+        for row, message in enumerate((plain, asked, plain))
     ]
     assert [list(one.raw_output_contents) for one in found] == [
         [np.float32(0).tobytes(), encode_texts("a")],
@@ -480,22 +522,12 @@ def test_each_request_of_a_batch_has_its_rows_and_the_outputs_it_wants() -> None
 
 
 def test_an_output_that_the_answer_lacks_fails_who_wants_it_and_no_other() -> None:
-    wanting = one_row()
-    wanting.outputs.add(name="t")
+    asked = wanting("t")
     batch = answer(Tensor("o", "FP32", (2,), bytes(8)))
     responses = Responses()
     with pytest.raises(InvalidArgument, match="the model has no output 't', only 'o'"):
-        responses.of_batch(head_of(wanting), "", batch, 0)
+        responses.of_batch(head_of(asked), "", batch, 0)
     assert responses.of_batch(head_of(one_row()), "", batch, 1).outputs[0].name == "o"
-
-
-@pytest.mark.parametrize("asks", [True, False])
-def test_who_asks_for_it_is_told_that_the_answer_is_the_last(asks: bool) -> None:
-    message = one_row()
-    message.parameters["triton_enable_empty_final_response"].bool_param = asks
-    response = Responses().of_batch(head_of(message), "", answer(Tensor("o", "FP32", (1,), bytes(4))), 0)
-    assert response.parameters["triton_final_response"].bool_param is asks
-    assert len(response.parameters) == 1
 
 
 def test_an_output_can_be_told_as_its_highest_classes_beside_others_as_they_are() -> None:
