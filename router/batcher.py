@@ -30,8 +30,6 @@ from router.errors import (
     DeadlineExceeded,
     InternalError,
     ModelFailed,
-    NotFound,
-    Refused,
     ResourceExhausted,
     Unavailable,
 )
@@ -56,7 +54,7 @@ class Batcher:
         retries: int,
         contract: Contract,
         next_batch_id: Callable[[], str],
-        on_absent: Callable[[], None],
+        on_failure: Callable[[], None],
         metrics: Metrics,
     ) -> None:
         self._key = key
@@ -65,8 +63,8 @@ class Batcher:
         self._contract = contract
         self._hedging = Hedging(policy.service_times, self._may_hedge, is_allowed=retries > 0)
         self._next_batch_id = next_batch_id
-        # Told when the backend has no such model.
-        self._on_absent = on_absent
+        # Told when a batch has failed: the model may be another than was known.
+        self._on_failure = on_failure
         self._accepted_rows = metrics.rows
         self._batch_rows = metrics.batch_rows.labels(backend)
         self._batch_seconds = metrics.batch_seconds.labels(backend)
@@ -340,8 +338,7 @@ class Batcher:
         try:
             answer = await self._pool.infer(batch, slot, self._hedging)
         except BackendError as error:
-            if isinstance(error, Refused) and error.as_caller_error is NotFound:
-                self._on_absent()
+            self._on_failure()
             self._recovery.failed(batch, error, slot.seat.member.address)
         except asyncio.CancelledError:
             fail(batch.parts, Unavailable("the router shut down before the call was answered"))

@@ -159,7 +159,7 @@ class Lanes:
             retries=settings.retries,
             contract=_contract(key, model),
             next_batch_id=self._next_batch_id,
-            on_absent=functools.partial(self._models.doubt, settings.backend, key.model),
+            on_failure=functools.partial(self._models.doubt, settings.backend, key.model),
             metrics=self._metrics,
         )
 

@@ -100,9 +100,11 @@ class Models:
         self.budget = Budget(settings.limits.max_queued_bytes)
         # Told of a model, by name and version, of which `find` may answer otherwise than before.
         self.on_change: Callable[[tuple[str, str]], None] = lambda _: None
-        # State: by backend, model name and version, what is known or being asked; watches that end.
+        # State: by backend, model name and version, what is known or being asked; watches that end; whether nobody is
+        # asked any more.
         self._watches: dict[tuple[str, str, str], ModelWatch] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"<Models {list(self._watches.values())!r}>"
@@ -187,7 +189,7 @@ class Models:
             room.discard(block)
 
     def doubt(self, backend: str, model: tuple[str, str]) -> None:
-        """A backend says of a batch that it has no such model: ask again at once."""
+        """A batch has failed, perhaps since the model is gone or another than before: ask again at once."""
         watch = self._watches.get((backend, *model))
         if watch:
             watch.doubt()
@@ -198,7 +200,7 @@ class Models:
         Raises ResourceExhausted when too many models are known already.
         """
         settings = self._settings.find_model(model_name)
-        if settings is None:
+        if settings is None or max(len(model_name), len(model_version)) > self._settings.limits.max_name_length:
             return ModelReport(ModelState.ABSENT)
         if settings.backend not in self._pools:
             return ModelReport(ModelState.READY)
@@ -254,6 +256,7 @@ class Models:
 
     async def aclose(self) -> None:
         """Ask no more; who waits is told."""
+        self._is_closed = True
         error = Unavailable("the router shut down before the call was answered", retry_after_s=RETRY_AFTER_S)
         for watch in list(self._watches.values()):
             watch.room.fail(error)
@@ -271,6 +274,8 @@ class Models:
     def _watch(self, backend: str, model: tuple[str, str]) -> ModelWatch:
         watch = self._watches.get((backend, *model))
         if watch is None:
+            if self._is_closed:
+                raise Unavailable("the router is shutting down and asks no backend any more")
             self._make_room()
             watch = self._watches[backend, *model] = ModelWatch(
                 backend,
@@ -319,7 +324,9 @@ class Models:
         self.on_change(watch.model)
 
     def _drop(self, watch: ModelWatch) -> None:
-        del self._watches[watch.backend, *watch.model]
+        name = watch.backend, *watch.model
+        if self._watches.get(name) is watch:  # it may be dropped twice: when its pool is replaced, and as idle
+            del self._watches[name]
         task = asyncio.create_task(watch.aclose(), name=f"close {watch.model[0]}")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

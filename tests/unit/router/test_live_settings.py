@@ -322,6 +322,15 @@ async def test_what_a_pool_cannot_change_makes_a_new_one_beside_the_old(changes:
         assert (old.values, new.values) == ([2], [4])
 
 
+async def test_how_often_models_are_asked_about_changes_in_a_pool_that_stays() -> None:
+    async with routing(make_settings([{}])) as router:
+        router.apply(make_settings([{}], {"one": {"model_interval_s": 1}}))
+        assert len(router.replicas["one:1"]) == 1
+        await router.learn(told())
+        await asyncio.sleep(10)
+        assert len(router.replica().described) > 8
+
+
 async def test_bounds_of_rows_bytes_and_keys_hold_from_then_on_for_what_comes() -> None:
     async with routing(make_settings([{}])) as router:
         router.ask(0)
@@ -545,13 +554,14 @@ async def test_what_waits_goes_in_batches_as_large_as_the_backend_takes_now() ->
         assert [caller.values for caller in callers] == [[0], [2], [4], [6], [8]]
 
 
-async def test_a_key_that_its_model_does_not_take_any_more_ends_what_it_has_and_is_gone() -> None:
+@pytest.mark.parametrize("other", [told("FP64"), told(max_batch_size=0)], ids=["other input", "no batches"])
+async def test_a_key_that_its_model_does_not_take_any_more_ends_what_it_has_and_is_gone(other: ModelInfo) -> None:
     async with routing(make_settings([{}])) as router:
         await router.learn(told())
         flying, waiting = router.ask(1, 2, 3, 4), router.ask(5)
         await settle()
         assert "1 keys" in repr(router.plane)
-        await router.learn(told("FP64"))
+        await router.learn(other)
         assert "0 keys" in repr(router.plane)
         await answer_all(router.replica())
         assert (flying.values, waiting.values) == ([2, 4, 6, 8], [10])
@@ -569,7 +579,7 @@ async def test_a_key_stays_while_its_model_is_absent_or_not_ready() -> None:
         await answer_all(router.replica())
 
 
-async def test_a_backend_that_finds_no_model_is_asked_about_it_at_once() -> None:
+async def test_a_backend_that_refuses_a_batch_is_asked_about_its_model_at_once() -> None:
     async with routing(make_settings([{}])) as router:
         await router.learn(told())
         caller = router.ask(1)

@@ -11,7 +11,15 @@ from router.config import Settings
 from router.core.model_info import ModelInfo, ModelReport, ModelState, TensorInfo
 from router.core.pulse import Sign
 from router.core.types import BatchKey, Block
-from router.errors import DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted, RouterError, Unsupported
+from router.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    RouterError,
+    Unavailable,
+    Unsupported,
+)
 from router.models import Models, Unlearned
 from tests.builders import Listener
 from tests.unit.router.fakes import FakeBackend, pool_of
@@ -153,6 +161,8 @@ async def test_who_waits_hears_of_the_end() -> None:
         await router.models.aclose()
         with pytest.raises(RouterError, match="shut down"):
             await task
+        with pytest.raises(Unavailable):
+            await router.models.report("m")
 
 
 async def test_a_block_that_is_held_goes_on_or_leaves_or_expires() -> None:
@@ -191,6 +201,7 @@ async def test_a_name_that_was_asked_for_once_and_is_absent_is_soon_forgotten() 
         await router.learn()
         await asyncio.sleep(11)
         assert repr(router.models) == "<Models []>"
+        assert router.changes == 0  # or whoever invents names would make everybody look theirs up again
 
 
 async def test_absent_models_make_room_for_others_and_ready_ones_do_not() -> None:
@@ -391,6 +402,12 @@ async def test_a_report_asks_now() -> None:
 async def test_a_report_of_a_model_that_no_settings_match_asks_nobody() -> None:
     async with routing(match={"model_name": "other"}) as router:
         assert await router.models.report("m") == ModelReport(ABSENT)
+        assert router.replicas[0].described == []
+
+
+async def test_a_report_of_a_name_that_no_request_may_have_asks_nobody() -> None:
+    async with routing() as router:
+        assert await router.models.report("m" * 257) == ModelReport(ABSENT)
         assert router.replicas[0].described == []
 
 
