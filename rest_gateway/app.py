@@ -43,6 +43,7 @@ from rest_gateway.jobs.watch import Watch
 from rest_gateway.jobs.worker import Worker
 from rest_gateway.listener import has_waiting, refuse_new, url_of
 from rest_gateway.metrics import Metrics, metrics_of
+from rest_gateway.router import OpenInferenceRouter, Router
 from rest_gateway.routes import answers, problems
 from rest_gateway.routes.access import ASSETS, AccessMiddleware
 from rest_gateway.routes.health import HealthRoutes
@@ -50,7 +51,6 @@ from rest_gateway.routes.jobs import JobRoutes
 from rest_gateway.routes.lifetime import OpenRequests
 from rest_gateway.routes.open_inference import OpenInferenceRoutes
 from rest_gateway.routes.predict import PredictRoute
-from rest_gateway.routes.router import OpenInferenceRouter, Router
 from rest_gateway.routes.submission import Submission
 from rest_gateway.schemas.openapi import PREDICT_BODY, component_schemas
 from rest_gateway.schemas.openapi_jobs import JOB_OPERATIONS, SCHEMAS, predict_responses

@@ -101,6 +101,8 @@ class UnaryRequest(Generic[Request, Response]):
 
     async def _find_stream(self) -> Stream:
         """Wait for a router that takes calls, as long as this request may."""
+        if (stream := self._finder.accepting_stream()) is not None:  # as usual; the timer below costs 10 µs
+            return stream
         try:
             async with asyncio.timeout_at(min(self._waits_until, self._deadline)):
                 while (stream := self._finder.accepting_stream()) is None:

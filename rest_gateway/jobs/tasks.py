@@ -28,6 +28,7 @@ from protos.inference_router.v1 import inference_router_pb2 as pb
 from rest_gateway.convert import PRIORITY_CLASSES, OpenCall, Outcome
 from rest_gateway.errors import Fault
 from rest_gateway.jobs.records import Claimed, JobError
+from rest_gateway.router import Infers
 from rest_gateway.schemas import json_text
 from rest_gateway.schemas.jobs import decode_agents, decode_text
 from rest_gateway.schemas.predict import PredictCall, Row
@@ -65,26 +66,8 @@ class Later:
     otherwise: End | None = None
 
 
-class Models(Protocol):
-    """What a job needs of `router_client.RouterClient`. A cancelled call is cancelled at the router."""
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether a router takes calls."""
-        ...
-
-    async def infer(
-        self,
-        blocks: Sequence[pb.Block],
-        *,
-        timeout_s: float | None = None,
-        priority_class: pb.PriorityClass.ValueType = ...,
-        tenant: str = "",
-        explain: bool = False,
-        request_id: str = "",
-    ) -> list[pb.Answer]:
-        """All answers of a call; never raises for a failed one."""
-        ...
+class Models(Infers, Protocol):
+    """What a job needs of `router_client.RouterClient`."""
 
     async def infer_tensors(
         self,

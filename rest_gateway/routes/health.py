@@ -5,8 +5,8 @@ from fastapi.responses import RedirectResponse
 
 from rest_gateway.jobs.service import Jobs
 from rest_gateway.metrics import Metrics
+from rest_gateway.router import Router
 from rest_gateway.routes.lifetime import OpenRequests
-from rest_gateway.routes.router import Router
 from rest_gateway.schemas import json_text
 from rest_gateway.schemas.openapi import HEALTHZ_RESPONSES, METRICS_RESPONSES, READYZ_RESPONSES
 

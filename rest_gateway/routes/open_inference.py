@@ -23,12 +23,12 @@ from rest_gateway.open_inference import (
     to_reply,
     to_request,
 )
+from rest_gateway.router import OpenInferenceRouter
 from rest_gateway.routes import problems
 from rest_gateway.routes.lifetime import OpenRequests
 from rest_gateway.routes.negotiation import MEDIA_TYPES, decode_content, read_body, tenant_of
 from rest_gateway.routes.open_inference_paths import Question, read_path
 from rest_gateway.routes.record import record_of
-from rest_gateway.routes.router import OpenInferenceRouter
 from rest_gateway.schemas import json_text
 from rest_gateway.schemas.open_inference import parse_index_request, parse_infer
 from rest_gateway.schemas.openapi_jobs import Operation

@@ -6,12 +6,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rest_gateway.config import Settings
 from rest_gateway.metrics import Metrics
+from rest_gateway.router import Router
 from rest_gateway.routes import answers
 from rest_gateway.routes.lifetime import OpenRequests
 from rest_gateway.routes.negotiation import Form, check_content, choose_form, read_body, tenant_of
 from rest_gateway.routes.prediction import Prediction
 from rest_gateway.routes.preferences import read_preferences
-from rest_gateway.routes.router import Router
 from rest_gateway.routes.streaming import StreamedAnswer
 from rest_gateway.routes.submission import Submission
 from rest_gateway.schemas.openapi import PREDICT_BODY, PREDICT_RESPONSES

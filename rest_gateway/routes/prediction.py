@@ -10,9 +10,9 @@ from protos.inference_router.v1 import inference_router_pb2 as pb
 from rest_gateway.convert import PRIORITY_CLASSES, OpenCall, Outcome
 from rest_gateway.errors import Fault
 from rest_gateway.metrics import Metrics
+from rest_gateway.router import Router
 from rest_gateway.routes import problems
 from rest_gateway.routes.record import record_of
-from rest_gateway.routes.router import Router
 from rest_gateway.schemas.predict import PredictCall
 
 Settled = list[tuple[str, Outcome]]

@@ -131,14 +131,14 @@ class _Tail:
 
 
 def _objects_in(document: object) -> Iterator[object]:
-    """All objects of a request of the right form."""
+    """All objects of a request of the right form; where there are too many, that is told later."""
     if not isinstance(document, dict):
         return
     yield document
     yield document.get("parameters")
     for member in ("inputs", "outputs"):
         tensors = document.get(member)
-        for tensor in tensors if isinstance(tensors, list) else ():
+        for tensor in tensors[:MAX_THINGS] if isinstance(tensors, list) else ():
             if isinstance(tensor, dict):
                 yield tensor
                 yield tensor.get("parameters")
@@ -169,17 +169,26 @@ def _read_input(index: int, value: object, tail: _Tail) -> InputIn:
     shape = _read_shape(owner, tensor.get("shape"))
     parameters = _read_parameters(owner, tensor)
     size = _pop(owner, parameters, "binary_data_size", int, "a number of bytes")
+    if "shared_memory_region" in parameters:
+        raise InvalidRequestError(f"{owner}: shared memory is not supported; send the data with the request")
     data = tensor.get("data")
     if (size is None) == (data is None):
         raise InvalidRequestError(f"{owner} must have exactly one of data and the parameter binary_data_size")
-    if size is not None:
-        if size < 0:
-            raise InvalidRequestError(f"{owner}: binary_data_size must be a number of bytes")
-        return InputIn(_name_of(tensor), datatype, shape, tail.take(size), parameters)
+    raw = _read_data(owner, data, datatype, shape) if size is None else _read_binary(owner, size, tail)
+    return InputIn(_name_of(tensor), datatype, shape, raw, parameters)
+
+
+def _read_data(owner: str, data: object, datatype: str, shape: list[int]) -> bytes:
     try:
-        return InputIn(_name_of(tensor), datatype, shape, to_raw(data, datatype, shape), parameters)
+        return to_raw(data, datatype, shape)
     except TensorDataError as exc:
         raise InvalidRequestError(f"{owner}: {exc}") from exc
+
+
+def _read_binary(owner: str, size: int, tail: _Tail) -> bytes:
+    if size < 0:
+        raise InvalidRequestError(f"{owner}: binary_data_size must be a number of bytes")
+    return tail.take(size)
 
 
 def _read_output(index: int, value: object) -> OutputIn:

@@ -40,6 +40,14 @@ _FLOATS: dict[str, np.dtype[np.floating[Any]]] = {
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
 }
+# The least numbers that round to infinity: half a step above the greatest that is finite.
+_BEYOND = {"FP16": 2**16 - 2**4, "FP32": 2**128 - 2**103, "FP64": 2**1024 - 2**970}
+_RANGES = {
+    name: (-(2 ** (8 * size - 1)), 2 ** (8 * size - 1) - 1) if name.startswith("INT") else (0, 2 ** (8 * size) - 1)
+    for name, code in _CODES.items()
+    if name not in _FLOATS
+    for size in [struct.calcsize(f"<{code}")]
+}
 _INTEGER, _NUMBER = frozenset({int}), frozenset({int, float})
 
 
@@ -82,50 +90,48 @@ def _flatten(data: object) -> list[Any]:
 
 def _check_types(elements: list[Any], types: frozenset[type], wanted: str) -> None:
     if not types.issuperset(map(type, elements)):
-        index = next(index for index, value in enumerate(elements) if type(value) not in types)
+        index = _first_wrong(elements, lambda part: types.issuperset(map(type, part)))
         raise TensorDataError(f"data[{index}] must be {wanted}, not {json_text.kind_of(elements[index])}")
+
+
+def _first_wrong(elements: list[Any], are_right: Callable[[list[Any]], bool]) -> int:
+    """Where the first wrong element stands, if there is one; by halves: one by one, millions would take seconds."""
+    first, end = 0, len(elements)
+    while end - first > 1:
+        middle = (first + end) // 2
+        if are_right(elements[first:middle]):
+            first = middle
+        else:
+            end = middle
+    return first
 
 
 def _pack_floats(elements: list[Any], datatype: str) -> bytes:
     _check_types(elements, _NUMBER, "a number")
     try:
         raw = _packer(_CODES[datatype], len(elements))(*elements)
-    except OverflowError:
-        raise _not_finite(elements, datatype) from None
-    if not np.isfinite(np.frombuffer(raw, _FLOATS[datatype])).all():  # 1e400 is read as infinity, which packs
-        raise _not_finite(elements, datatype)
+        is_finite = bool(np.isfinite(np.frombuffer(raw, _FLOATS[datatype])).all())  # 1e400 is read as infinity
+    except (OverflowError, struct.error):  # the latter for an int that no double holds
+        is_finite = False
+    if not is_finite:
+        beyond = _BEYOND[datatype]
+        index = _first_wrong(elements, lambda part: -beyond < min(part) and max(part) < beyond)
+        raise TensorDataError(f"data[{index}] is not finite as {datatype}")
     return raw
 
 
 def _pack_integers(elements: list[Any], datatype: str) -> bytes:
     try:
-        _check_types(elements, _INTEGER, "")
-        return _packer(_CODES[datatype], len(elements))(*elements)
-    except (struct.error, TensorDataError):
-        index = next(index for index, value in enumerate(elements) if not _fits(value, datatype))
-        raise TensorDataError(f"data[{index}] must be a whole number within {datatype}") from None
-
-
-def _fits(value: object, datatype: str) -> bool:
-    if type(value) is not int:
-        return False
-    try:
-        _packer(_CODES[datatype], 1)(value)
+        if _INTEGER.issuperset(map(type, elements)):
+            return _packer(_CODES[datatype], len(elements))(*elements)
     except struct.error:
-        return False
-    return True
-
-
-def _not_finite(elements: list[float], datatype: str) -> TensorDataError:
-    index = next(index for index, value in enumerate(elements) if not _is_finite(value, datatype))
-    return TensorDataError(f"data[{index}] is not finite as {datatype}")
-
-
-def _is_finite(value: float, datatype: str) -> bool:
-    try:
-        return bool(np.isfinite(np.frombuffer(_packer(_CODES[datatype], 1)(value), _FLOATS[datatype])[0]))
-    except OverflowError:
-        return False
+        pass
+    least, greatest = _RANGES[datatype]
+    index = _first_wrong(
+        elements,
+        lambda part: _INTEGER.issuperset(map(type, part)) and least <= min(part) and max(part) <= greatest,
+    )
+    raise TensorDataError(f"data[{index}] must be a whole number within {datatype}")
 
 
 @lru_cache(maxsize=1024)

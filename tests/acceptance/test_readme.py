@@ -66,6 +66,11 @@ def test_the_streaming_curl_answers_what_stands_below_it(ports: dict[str, str]) 
     assert paste(BLOCKS[number][1], ports) == BLOCKS[number + 1][1]
 
 
+def test_the_curl_of_the_open_inference_protocol_answers_what_stands_below_it(ports: dict[str, str]) -> None:
+    number = next(number for number, (_, text) in enumerate(BLOCKS) if "/v2/models/" in text)
+    assert json.loads(paste(BLOCKS[number][1], ports)) == json.loads(BLOCKS[number + 1][1])
+
+
 def test_the_story_of_a_job_goes_as_it_is_told(ports: dict[str, str]) -> None:
     wait_until_ready(f"http://{ports['127.0.0.1:8000']}/readyz")
     first = next(number for number, (_, text) in enumerate(BLOCKS) if '{"text":' in text)

@@ -1,4 +1,4 @@
-"""The seam to the router: what the routes need of `router_client.RouterClient`, and what tests fake."""
+"""The seam to the router: what routes and jobs need of `router_client.RouterClient`, and what tests fake."""
 
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
@@ -7,16 +7,17 @@ from protos.inference_router.v1 import inference_router_pb2 as pb
 from protos.open_inference import open_inference_pb2 as oip
 
 
-class Router(Protocol):
-    """Never raises for a failed call: a whole call's failure is an answer without rows, with an error and `done`.
-
-    Cancelling the task, or closing the iterator, cancels the call at the router.
-    """
+class Connected(Protocol):
+    """Cancelling the task, or closing the iterator, of whatever is asked cancels it at the router."""
 
     @property
     def is_connected(self) -> bool:
         """Whether a stream to the router is open."""
         ...
+
+
+class Infers(Connected, Protocol):
+    """Never raises for a failed call: a whole call's failure is an answer without rows, with an error and `done`."""
 
     async def infer(
         self,
@@ -30,6 +31,10 @@ class Router(Protocol):
     ) -> list[pb.Answer]:
         """All answers of a call."""
         ...
+
+
+class Router(Infers, Protocol):
+    """What agents that are waited for need."""
 
     def stream(
         self,
@@ -45,13 +50,8 @@ class Router(Protocol):
         ...
 
 
-class OpenInferenceRouter(Protocol):
-    """The router's side of /v2. Everything raises `router_client.InferError`; cancelling the task cancels the RPC."""
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether a stream to the router is open."""
-        ...
+class OpenInferenceRouter(Connected, Protocol):
+    """What /v2 needs. Everything raises `router_client.InferError`."""
 
     async def model_infer(
         self, request: oip.ModelInferRequest, *, timeout_s: float | None = None, tenant: str = "", request_id: str = ""
