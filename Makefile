@@ -85,7 +85,7 @@ $(MLSERVER_VENV): requirements-mlserver.txt | $(VENV)
 	@tools/uv.sh pip sync --quiet --require-hashes --compile-bytecode --python .venv-mlserver/bin/python requirements-mlserver.txt
 	@touch $@
 
-venv-triton: $(TRITON_VENV) ## create or update .venv-triton: a real Triton, 310 MB, for the interoperability tests
+venv-triton: $(TRITON_VENV) ## create or update .venv-triton: a real Triton, 340 MB, for the interoperability tests
 
 $(TRITON_VENV): requirements-triton.txt | $(VENV)
 	@echo "making .venv-triton from requirements-triton.txt"

@@ -25,9 +25,9 @@ pytestmark = pytest.mark.anyio
 
 SYSTEM = "tritonclient, native and REST callers on one key"
 CALLERS_OF_A_KIND = 64
-REQUESTS_EACH = 8
+REQUESTS_EACH = 6
 MAX_BATCH = 64
-CALL_S = 0.1
+CALL_S = 0.3
 
 # One row to its answer.
 Way = Callable[[Array], Awaitable[Array]]
