@@ -117,6 +117,9 @@ class MockConfig:
     models: frozenset[str] = frozenset()  # empty: every name is a model
     max_batch_size: int = 0  # rows
     output_width: int = 0  # 0: answers of shape [rows], else [rows, output_width]
+    vector_input: str = ""  # of models of vectors; empty: any name
+    vector_datatype: str = ""  # FP32 or FP64; empty: either
+    vector_output: str = "output"
     instances: int = 0  # batches of one model at a time
     faults: tuple[Fault, ...] = ()
     drain_delay_s: float = 5.0
@@ -175,6 +178,9 @@ def parse_config(arguments: Sequence[str]) -> MockConfig:
         models=flags.models,
         max_batch_size=flags.max_batch_size,
         output_width=flags.output_width,
+        vector_input=flags.vector_input,
+        vector_datatype=flags.vector_datatype,
+        vector_output=flags.vector_output,
         instances=flags.instances,
         faults=tuple(flags.fault),
         drain_delay_s=flags.drain_delay,
@@ -275,6 +281,12 @@ def _model_names(text: str) -> frozenset[str]:
     return names
 
 
+def _name(text: str) -> str:
+    if not text:
+        raise ConfigError("the name is empty")
+    return text
+
+
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise ConfigError(f"{text!r} is not a whole number from 0")
@@ -319,6 +331,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--models", type=_flag(_model_names), default=default.models, metavar="A,B", help="only these exist")
     add("--max-batch-size", type=_flag(_count), default=0, metavar="ROWS", help="refuse more rows (0: no limit)")
     add("--output-width", type=_flag(_count), default=0, metavar="K", help="answer [rows, K] (0: [rows])")
+    add(
+        "--vector-input",
+        default=default.vector_input,
+        metavar="NAME",
+        help="vectors come in this tensor, and metadata says so (by default in any; metadata says 'vector')",
+    )
+    add(
+        "--vector-datatype",
+        choices=("FP32", "FP64"),
+        default=default.vector_datatype,
+        help="and of this datatype (by default of either; metadata says FP32)",
+    )
+    add(
+        "--vector-output",
+        type=_flag(_name),
+        default=default.vector_output,
+        metavar="NAME",
+        help="and are answered in this one (default 'output')",
+    )
     add("--instances", type=_flag(_count), default=0, metavar="N", help="batches of a model at a time (0: no limit)")
     add(
         "--fault",

@@ -29,6 +29,7 @@ from protos.open_inference import open_inference_pb2 as pb
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
+INPUT_NAME = "vector"
 OUTPUT_NAME = "output"
 OUTPUT_DATATYPE = "FP32"
 
@@ -74,19 +75,22 @@ def read_agent_type(request: pb.ModelInferRequest) -> str:
     return parameter.string_param
 
 
-def read_matrix(request: pb.ModelInferRequest) -> FloatArray:
+def read_matrix(
+    request: pb.ModelInferRequest, input_name: str = "", datatype: str = "", output_name: str = OUTPUT_NAME
+) -> FloatArray:
     """The request's only input as (rows, dim) float32, at least 1 x 1; a view of its bytes where possible.
 
     Raises BadInputError for everything else than one FP32 or FP64 tensor of that shape, raw or typed, and one requested
-    output at most.
+    output at most. `input_name`, `datatype`: only this one.
     """
     tensor = _only_input(request)
-    _check_requested_outputs(request)
+    if input_name not in ("", tensor.name):
+        raise BadInputError(f"unexpected inference input '{tensor.name}' for model '{request.model_name}'")
+    _check_requested_outputs(request, output_name)
     rows, dim = _read_shape(tensor)
-    if tensor.datatype not in _DATATYPES:
-        raise BadInputError(
-            f"input '{tensor.name}' has datatype '{tensor.datatype}', must be one of {list(_DATATYPES)}"
-        )
+    datatypes = [datatype] if datatype else list(_DATATYPES)
+    if tensor.datatype not in datatypes:
+        raise BadInputError(f"input '{tensor.name}' has datatype '{tensor.datatype}', must be one of {datatypes}")
     read = _read_raw if request.raw_input_contents else _read_typed
     return read(request, tensor, rows * dim).reshape(rows, dim)
 
@@ -131,9 +135,9 @@ def _only_input(request: pb.ModelInferRequest) -> _Tensor:
     return request.inputs[0]
 
 
-def _check_requested_outputs(request: pb.ModelInferRequest) -> None:
+def _check_requested_outputs(request: pb.ModelInferRequest, output_name: str) -> None:
     for output in request.outputs:
-        if output.name != OUTPUT_NAME:
+        if output.name != output_name:
             raise BadInputError(f"unexpected inference output '{output.name}' for model '{request.model_name}'")
 
 
@@ -165,7 +169,9 @@ def _read_typed(_request: pb.ModelInferRequest, tensor: _Tensor, elements: int) 
     return numbers
 
 
-def answer(request: pb.ModelInferRequest, values: FloatArray) -> pb.ModelStreamInferResponse:
+def answer(
+    request: pb.ModelInferRequest, values: FloatArray, output_name: str = OUTPUT_NAME
+) -> pb.ModelStreamInferResponse:
     """The response to a request; raw contents always, since tritonclient reads nothing else.
 
     A stream's message holds the unary one, so this form serves both; filled in place because joining two finished
@@ -176,19 +182,21 @@ def answer(request: pb.ModelInferRequest, values: FloatArray) -> pb.ModelStreamI
     response.model_name = request.model_name
     response.model_version = request.model_version or "1"
     response.id = request.id
-    response.outputs.add(name=OUTPUT_NAME, datatype=OUTPUT_DATATYPE, shape=values.shape)
+    response.outputs.add(name=output_name, datatype=OUTPUT_DATATYPE, shape=values.shape)
     response.raw_output_contents.append(values.tobytes())
     return message
 
 
-def metadata(model_name: str, output_width: int) -> pb.ModelMetadataResponse:
-    """What every model takes and gives; -1 is any size."""
+def metadata(
+    model_name: str, output_width: int, input_name: str = "", datatype: str = "", output_name: str = OUTPUT_NAME
+) -> pb.ModelMetadataResponse:
+    """What every model takes and gives; -1 is any size. Where it takes more than that tells, the usual."""
     tensor = pb.ModelMetadataResponse.TensorMetadata
     output_shape = (-1, output_width) if output_width else (-1,)
     return pb.ModelMetadataResponse(
         name=model_name,
         versions=["1"],
         platform="mock_nn",
-        inputs=[tensor(name="vector", datatype="FP32", shape=(-1, -1))],
-        outputs=[tensor(name=OUTPUT_NAME, datatype=OUTPUT_DATATYPE, shape=output_shape)],
+        inputs=[tensor(name=input_name or INPUT_NAME, datatype=datatype or "FP32", shape=(-1, -1))],
+        outputs=[tensor(name=output_name, datatype=OUTPUT_DATATYPE, shape=output_shape)],
     )

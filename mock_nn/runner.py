@@ -81,6 +81,7 @@ class Runner:
         self.arrived = 0
         self._arrival_waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._config = config
+        self._tensors = config.vector_input, config.vector_datatype, config.vector_output
         self._latencies = Latencies(config, Random(f"{config.seed}/latency"))  # noqa: S311 -- chance, not secrets
         self._faults = FaultPlan(config.faults, Random(f"{config.seed}/faults"))  # noqa: S311 -- chance, not secrets
         self._instances = _Instances(config.instances)
@@ -126,7 +127,7 @@ class Runner:
         self.check_model(model_name)
         if model_name == SENTIMENT_MODEL:
             return sentiment.metadata(model_name)
-        return models.metadata(model_name, self._config.output_width)
+        return models.metadata(model_name, self._config.output_width, *self._tensors)
 
     def _read(self, request: pb.ModelInferRequest) -> _Task:
         """Raises BatchError for a request that cannot be run."""
@@ -143,11 +144,11 @@ class Runner:
         return task
 
     def _read_vectors(self, request: pb.ModelInferRequest, agent_type: str) -> _Task:
-        matrix = models.read_matrix(request)
+        matrix = models.read_matrix(request, *self._tensors)
 
         async def compute() -> Message:
             values = models.expected(request.model_name, agent_type, matrix, self._config.output_width)
-            return models.answer(request, values)
+            return models.answer(request, values, self._config.vector_output)
 
         return _Task(matrix, agent_type, compute)
 

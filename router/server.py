@@ -86,6 +86,7 @@ def make_pool(settings: Settings, backend: BackendSettings) -> ReplicaPool:
         probe_interval_s=backend.probe_interval_s,
         batch_timeout_s=settings.batch_timeout_s,
         resolve_interval_s=backend.resolve_interval_s,
+        max_in_flight_total=backend.max_in_flight_total,
     )
     return ReplicaPool(connect, backend.addresses, rules)
 

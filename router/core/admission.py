@@ -28,7 +28,7 @@ replica nothing is known: then only the bounds in rows and bytes hold, which the
 """
 
 import math
-from collections.abc import Sequence
+from typing import Protocol
 
 from router.core.service_time import ServiceTimes
 from router.errors import DeadlineExceeded, ResourceExhausted
@@ -39,6 +39,16 @@ REFUSED_PER_TRIAL = 20
 # Sooner is not worth saying, and nobody knows what will be later.
 MIN_RETRY_AFTER_S = 0.01
 MAX_RETRY_AFTER_S = 60.0
+
+
+class Returns(Protocol):
+    """When each slot of a model will be free: seconds from now, ascending, 0 for those that are. A list, say."""
+
+    def __len__(self) -> int:
+        """How many slots."""
+
+    def __getitem__(self, slot: int, /) -> float:
+        """When slot number `slot` will be free."""
 
 
 class Admission:
@@ -76,11 +86,10 @@ class Admission:
         self.own_s = self._service_s + self.p90_s
         self._least_s = self.give_up_s = times.least_s
 
-    def check(self, rows_ahead: int, left_s: float, returns_s: Sequence[float], keys: int) -> None:
+    def check(self, rows_ahead: int, left_s: float, returns_s: Returns, keys: int) -> None:
         """Take or refuse rows behind `rows_ahead` others that have `left_s` until their deadline.
 
-        returns_s: when each slot of the model will be free, seconds from now, ascending, 0 for those that are; `keys`
-        wait for them.
+        returns_s: of the model's slots; `keys` wait for them.
 
         Raises:
             DeadlineExceeded: no call of late was as short as that.
@@ -104,7 +113,7 @@ class Admission:
             raise DeadlineExceeded(f"{left}, and a call takes at least {self._least_s:.3g} s")
         self.give_up_s = 0.0
 
-    def _wait_s(self, rows_ahead: int, returns_s: Sequence[float], keys: int) -> float:
+    def _wait_s(self, rows_ahead: int, returns_s: Returns, keys: int) -> float:
         rounds, slot = divmod(rows_ahead // self._batch_rows * max(keys, 1), len(returns_s))
         return returns_s[slot] + rounds * self._service_s
 

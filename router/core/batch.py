@@ -13,8 +13,8 @@ from router.core.elements import LENGTH
 from router.core.types import BYTES, ITEM_SIZE, Batch, Outputs, Part, Tensor
 from router.errors import Malformed, Refused
 
-# BYTES elements of an answer: each takes 0.1-0.2 µs to pass, and everybody waits meanwhile (64 MiB of them: 2 s).
-MAX_ELEMENTS = 262_144
+# BYTES elements of an answer: each takes 0.1-0.2 µs to pass, and everybody waits meanwhile (64 MiB of empty ones: 2 s).
+MAX_ELEMENTS = 131_072
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")

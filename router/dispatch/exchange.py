@@ -1,8 +1,8 @@
 """Exchanges: the two ways of a batch to a server and of its answer back, Triton's stream and the protocol's own call.
 
 A stream carries one batch at a time, so no answer can be taken for another's and no batch waits behind another; it is
-used again. An answer on it must bear its batch's id: servers that mix up streams were seen. Whatever goes wrong on a
-stream ends that stream only.
+used again. An answer on it must bear its batch's id, as late and double ones of the batch before may come. Whatever
+goes wrong on a stream ends that stream only.
 
 A call is there for one batch, and gRPC itself knows what it answers: so the id in its answer may be any. MLServer and
 KServe leave it empty or make their own.
@@ -29,10 +29,13 @@ REMEMBERED_IDS = 16
 
 _REQUEST_ID = re.compile(r"^\[request id: (?P<id>[^\]]*)\] ?")
 
-# How much later than ours a server's own time bound is: what comes back then is told by our clock alone.
+# How much later than ours the deadline is that a server is told: so ours always comes first, and has its own error.
 SERVERS_BOUND_LATER_S = 1.0
 # gRPC counts in int64 nanoseconds; a year is for ever.
 LONGEST_S = 365 * 24 * 3600.0
+
+# For who meets a server without Triton's ModelStreamInfer.
+USE_UNARY = "if it has none, set protocol: unary"
 
 StreamCall = grpc.aio.StreamStreamCall[pb.ModelInferRequest, pb.ModelStreamInferResponse]
 UnaryMethod = grpc.aio.UnaryUnaryMultiCallable[pb.ModelInferRequest, pb.ModelInferResponse]
@@ -79,9 +82,12 @@ class Call:
         """See Exchange."""
         self._call = self._method(request, timeout=self._timeout_s)
         try:
-            return await self._call
+            response = await self._call
         except grpc.aio.AioRpcError as error:
             raise translate(error, self._address) from error
+        if not isinstance(response, pb.ModelInferResponse):  # gRPC has logged it
+            raise Malformed(f"{self._address} answered with bytes that are no ModelInferResponse")
+        return response
 
     def close(self) -> None:
         """See Exchange."""
@@ -116,9 +122,9 @@ class Stream:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             await self._raise_lost_write(error)
         try:
-            response = await self._read_own(request.id)
+            response = await self._read_own(request)
         except grpc.aio.AioRpcError as error:
-            raise translate(error, self._address) from error
+            raise self._failure(error.code(), error.details()) from error
         self._carried.append(request.id)
         return response
 
@@ -130,29 +136,44 @@ class Stream:
         code = await self._call.code()
         if code in (grpc.StatusCode.OK, grpc.StatusCode.INTERNAL):
             raise StreamLost(f"stream to {self._address} lost while writing") from error
-        raise translate_status(code, await self._call.details(), self._address) from error
+        raise self._failure(code, await self._call.details()) from error
 
-    async def _read_own(self, batch_id: str) -> pb.ModelInferResponse:
+    async def _read_own(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
         while True:
             message = await self._call.read()
             if not isinstance(message, pb.ModelStreamInferResponse):
-                raise await self._ended()
+                raise await self._ended() if message is grpc.aio.EOF else self._foreign()
             answered = _answered_id(message)
             if answered in self._carried:
                 logger.warning("backend %s repeated its answer to batch %s; passed over", self._address, answered)
-            elif message.error_message and answered in ("", batch_id):
-                raise Refused(model_text(_REQUEST_ID.sub("", message.error_message)))
-            elif answered != batch_id:
-                raise Malformed(f"{self._address} answered batch {answered!r} when asked for {batch_id!r}")
+            elif message.error_message and answered in ("", request.id):
+                raise self._foreign() if message.error_message == request.model_name else _refused(message)
+            elif answered != request.id:
+                raise Malformed(f"{self._address} answered batch {answered!r} when asked for {request.id!r}")
             else:
                 return message.infer_response
+
+    def _foreign(self) -> Malformed:
+        """MLServer has a form of its own, a bare ModelInferResponse, of which the model's name reads as an error, or
+        the whole cannot be read (of which gRPC tells by None, and in the log)."""
+        return Malformed(f"{self._address} answered with no ModelStreamInferResponse of Triton's; {USE_UNARY}")
 
     async def _ended(self) -> BackendError:
         """The server closed the stream without an answer; OK is no answer either."""
         code = await self._call.code()
         if code is grpc.StatusCode.OK:
             return StreamLost(f"{self._address} closed the stream without an answer")
-        return translate_status(code, await self._call.details(), self._address)
+        return self._failure(code, await self._call.details())
+
+    def _failure(self, code: grpc.StatusCode, details: str | None) -> BackendError:
+        """The way out is told where the method may be missing."""
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            details = f"{details}; {USE_UNARY}"
+        return translate_status(code, details, self._address)
+
+
+def _refused(message: pb.ModelStreamInferResponse) -> Refused:
+    return Refused(model_text(_REQUEST_ID.sub("", message.error_message)))
 
 
 def _answered_id(message: pb.ModelStreamInferResponse) -> str:

@@ -9,6 +9,7 @@ import asyncio
 import functools
 import logging
 import math
+import sys
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Rules:
     `max_in_flight`: batches at a time per replica and model, 0: no limit. `ejection_s`: how long a replica that fails
     is left alone the first time. `probe_interval_s`: how often each is asked for a sign of life, 0: never.
     `batch_timeout_s`: how long a batch may take of which nothing else is known. `resolve_interval_s`: how often names
-    are looked up again.
+    are looked up again. `max_in_flight_total`: for how many batches a replica has room, whatever their models.
     """
 
     max_in_flight: int
@@ -54,6 +55,7 @@ class Rules:
     probe_interval_s: float
     batch_timeout_s: float
     resolve_interval_s: float
+    max_in_flight_total: int = sys.maxsize
 
 
 class ReplicaPool:
@@ -107,7 +109,7 @@ class ReplicaPool:
         """The slots of a model; its keys share them."""
         slots = self._slots.get(model)
         if slots is None:
-            slots = self._slots[model] = ModelSlots(self._members, self._max_in_flight)
+            slots = self._slots[model] = ModelSlots(self._members, self._max_in_flight, self._rules.max_in_flight_total)
         return slots
 
     def set_addresses(self, entries: Iterable[str]) -> None:

@@ -2,7 +2,8 @@
 
 What the settings say is one of three: `HOST:PORT` is an address and stays one; every record of `dns:///NAME:PORT` is
 one, asked for every few seconds; `file:PATH` has one a line, looked at every second. Who cannot be asked, or answers
-nonsense, is believed what it said last: a name server that is away takes no replica out of service.
+nonsense, is believed what it said last: a name server that is away takes no replica out of service. Neither does a new
+entry: until all were found for the first time everybody stays who was told.
 
 It finds addresses and knows nothing of what is there.
 """
@@ -98,12 +99,13 @@ def open_source(entry: str, resolve_interval_s: float) -> Source | None:
 
 
 class _Followed:
-    """An entry, what is known of it, and what was wrong with it last."""
+    """An entry, what is known of it, whether that was ever found, and what was wrong with it last."""
 
     def __init__(self, entry: str, source: Source | None) -> None:
         self.entry = entry
         self.source = source
         self.known: Sequence[str] = () if source else (entry,)
+        self.is_found = source is None
         self.complaint = ""
         self.task: asyncio.Task[None] | None = None
 
@@ -114,8 +116,9 @@ class Resolver:
     def __init__(self, apply: Callable[[Sequence[str]], None], open_: Callable[[str], Source | None]) -> None:
         self._apply = apply
         self._open = open_
-        # State: the entries in their order; whether sources are looked at yet.
+        # State: the entries in their order; the addresses that were told last; whether sources are looked at yet.
         self._followed: dict[str, _Followed] = {}
+        self._told: Sequence[str] = ()
         self._has_started = False
 
     def follow(self, entries: Iterable[str]) -> None:
@@ -158,9 +161,9 @@ class Resolver:
             self._complain(one, str(error))
             return
         one.complaint = ""
-        if found != one.known:
+        if found != one.known or not one.is_found:
             logger.info("%s: %s", one.entry, ", ".join(found))
-            one.known = found
+            one.known, one.is_found = found, True
             self._tell()
 
     def _complain(self, one: _Followed, complaint: str) -> None:
@@ -170,5 +173,8 @@ class Resolver:
             logger.warning("%s: %s; the %d addresses known of it stay", one.entry, complaint, len(one.known))
 
     def _tell(self) -> None:
-        addresses = itertools.chain.from_iterable(one.known for one in self._followed.values())
-        self._apply(list(dict.fromkeys(addresses)))
+        addresses = list(itertools.chain.from_iterable(one.known for one in self._followed.values()))
+        if not all(one.is_found for one in self._followed.values()):
+            addresses += self._told
+        self._told = list(dict.fromkeys(addresses))
+        self._apply(self._told)

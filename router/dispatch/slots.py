@@ -14,11 +14,13 @@ It moves whole batches: no gRPC, no callers, no rows. Every decision is a plain 
 
 import asyncio
 import random
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from router.core.admission import Returns
 from router.core.balance import Load, choose
 from router.core.isolation import Piece
 from router.core.piece_lane import PieceLane
@@ -84,17 +86,38 @@ class Slot:
     is_split: bool = False
 
 
-class ModelSlots:
-    """The slots of one model over all replicas of its pool."""
+@dataclass(frozen=True, slots=True)
+class _Returns:
+    """See admission.Returns: `free` slots, then those that are expected back at `back_at`."""
 
-    def __init__(self, members: Iterable[Member], max_in_flight: int) -> None:
-        self._max_in_flight = max_in_flight
-        # State: a seat per member; the slots that are taken, how many of them by splits, and whether the latest batch
+    free: int
+    back_at: Sequence[float]
+    now: float
+
+    def __len__(self) -> int:
+        return self.free + len(self.back_at)
+
+    def __getitem__(self, slot: int, /) -> float:
+        return max(self.back_at[slot - self.free] - self.now, 0.0) if slot >= self.free else 0.0
+
+
+class ModelSlots:
+    """The slots of one model over all replicas of its pool: `max_in_flight` on each, 0: no limit.
+
+    `max_in_flight_total`: for how many batches a replica has room, whatever their models.
+    """
+
+    def __init__(self, members: Iterable[Member], max_in_flight: int, max_in_flight_total: int = sys.maxsize) -> None:
+        self._max_in_flight_total = max_in_flight_total
+        self._max_in_flight = min(max_in_flight, max_in_flight_total)
+        # State: a seat per member; the slots that are taken, when they are expected back in order (None: not known
+        # yet), how many of them by splits, and whether the latest batch
         # was one; keys in turn for a slot, keys whose hold ends when a slot is taken or freed, and keys whose hold does
         # not: each key in one of the three at most; pieces that wait; one timer for the end of a pause; whether
         # `assign` is about to run.
         self._seats = [Seat(member) for member in members]
         self._taken: set[Slot] = set()
+        self._back_at: Sequence[float] | None = None
         self._splits_in_flight = 0
         self._was_split = False
         self._waiting: OrderedDict[Taker, None] = OrderedDict()
@@ -140,12 +163,17 @@ class ModelSlots:
         """Keys of the model that have rows waiting."""
         return len(self._waiting) + len(self._held) + len(self._resting)
 
-    def returns_s(self, now: float) -> list[float]:
-        """Seconds until each usable slot should be free, 0 for those that are, ascending; empty without a limit."""
+    def returns_s(self, now: float) -> Returns:
+        """Seconds until each usable slot should be free, 0 for those that are, ascending; empty without a limit.
+
+        Asked for with each block that is not surely in time, and one of the numbers looked at: so they are put in order
+        once for all blocks between two batches, and none is computed that nobody looks at.
+        """
         if not self._max_in_flight:
-            return []
-        busy = sorted(max(slot.back_at - now, 0.0) for slot in self._taken)
-        return [0.0] * max(self.usable - len(busy), 0) + busy
+            return ()
+        if self._back_at is None:
+            self._back_at = sorted(slot.back_at for slot in self._taken)
+        return _Returns(max(self.usable - len(self._back_at), 0), self._back_at, now)
 
     def join(self, member: Member) -> None:
         """A member has come; it takes batches from the next `assign` on."""
@@ -157,7 +185,7 @@ class ModelSlots:
 
     def set_max_in_flight(self, max_in_flight: int) -> None:
         """Change the slots per replica; what is in flight beyond them ends in its own time."""
-        self._max_in_flight = max_in_flight
+        self._max_in_flight = min(max_in_flight, self._max_in_flight_total)
         self.assign()
 
     def request(self, taker: Taker) -> None:
@@ -276,6 +304,7 @@ class ModelSlots:
         The slot is given away on the loop's next turn: by then a lost batch's rows are back at the head of their queue.
         """
         self._taken.remove(slot)
+        self._back_at = None
         self._splits_in_flight -= slot.is_split
         slot.seat.in_flight -= 1
         if error is None or not error.may_requeue:
@@ -301,6 +330,7 @@ class ModelSlots:
     def _occupy(self, seat: Seat, now: float, back_at: float, *, is_split: bool = False) -> Slot:
         slot = Slot(self, seat, now, back_at, is_split)
         self._taken.add(slot)
+        self._back_at = None
         self._splits_in_flight += is_split
         seat.in_flight += 1
         seat.member.replica.reserve()
@@ -337,7 +367,10 @@ class ModelSlots:
         return Load(seat.in_flight, seat.member.replica.in_flight, can_take, predicted_s, seat.member.preference)
 
     def _count_room(self, seat: Seat) -> int:
-        return 1 if seat.member.is_on_trial else self._max_in_flight - seat.in_flight
+        """Free slots there; other models may have taken the room."""
+        if seat.member.is_on_trial:
+            return 1
+        return min(self._max_in_flight - seat.in_flight, self._max_in_flight_total - seat.member.replica.in_flight)
 
     def _wait_for_pause(self, now: float) -> None:
         resumes = [seat.resume_at for seat in self._seats if seat.resume_at > now + CLOCK_SLACK_S]

@@ -102,6 +102,13 @@ async def test_a_server_of_the_named_authority_is_taken(ours: Authority) -> None
         assert await answers(replica)
 
 
+async def test_without_an_authority_the_systems_are_taken(ours: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", raising=False)  # has the last word where it is set
+    monkeypatch.setenv("SSL_CERT_FILE", str(ours.file))  # what OpenSSL goes by
+    async with server_of(ours.server(LOOPBACK)) as server, replica_at(server.address) as replica:
+        assert await answers(replica)
+
+
 @pytest.mark.parametrize("is_named", [True, False])
 async def test_a_server_of_another_authority_is_told_of_once_with_the_reason_and_never_connected(
     ours: Authority, theirs: Authority, is_named: bool, caplog: pytest.LogCaptureFixture

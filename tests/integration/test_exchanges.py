@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import numpy as np
@@ -13,6 +14,7 @@ from protos.open_inference import open_inference_pb2 as pb
 from router.config import ProtocolName
 from router.core.types import Batch, BatchAnswer, BatchKey, Block, TensorSpec
 from router.dispatch.replica import Replica
+from router.dispatch.wire import to_request
 from router.errors import (
     BackendExhausted,
     BatchTimeout,
@@ -268,3 +270,58 @@ async def test_an_answer_over_our_limit_may_be_the_replicas_fault(protocol: Prot
             await replica.infer(batch_of(*range(3000)))
         assert refused.value.blame is Blame.ROWS
         assert values(await replica.infer(batch_of(1))) == [2]
+
+
+# -- servers that answer in another form -------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def answering(method: str, *answers: bytes) -> AsyncIterator[OpenInferenceServer]:
+    """A server with one method, which answers with these bytes and then waits for more."""
+
+    async def stream(_requests: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        await context.read()
+        for answer in answers:
+            await context.write(answer)
+        await context.read()
+
+    async def unary(_request: bytes, _context: object) -> bytes:
+        return answers[0]
+
+    handler: grpc.RpcMethodHandler[Any, Any] = (
+        grpc.stream_stream_rpc_method_handler(stream)
+        if method == "ModelStreamInfer"
+        else grpc.unary_unary_rpc_method_handler(unary)
+    )
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    service = grpc.method_handlers_generic_handler("inference.GRPCInferenceService", {method: handler})
+    server.add_generic_rpc_handlers((service,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield OpenInferenceServer({}, address=f"127.0.0.1:{port}")
+    finally:
+        await server.stop(0)
+
+
+@pytest.mark.parametrize("version", ["", "v1.0.0"])
+async def test_mlservers_form_of_a_stream_is_told_at_once_with_the_way_out(version: str) -> None:
+    # Where it could not be read the batch waited for its timeout, and else the callers read the model's name.
+    response = double(to_request(batch_of(1)))
+    response.model_version = version
+    answer = response.SerializeToString()
+    async with answering("ModelStreamInfer", answer) as server, replica_of(server, "stream") as replica:
+        with pytest.raises(Malformed, match="set protocol: unary"):
+            await asyncio.wait_for(replica.infer(batch_of(1)), PATIENCE_S)
+
+
+async def test_a_server_without_streams_is_told_with_the_way_out() -> None:
+    async with answering("ModelInfer", b"") as server, replica_of(server, "stream") as replica:
+        with pytest.raises(Refused, match="set protocol: unary"):
+            await replica.infer(batch_of(1))
+
+
+async def test_bytes_that_are_no_answer_are_malformed() -> None:
+    async with answering("ModelInfer", b"nonsense") as server, replica_of(server, "unary") as replica:
+        with pytest.raises(Malformed, match="no ModelInferResponse"):
+            await replica.infer(batch_of(1))

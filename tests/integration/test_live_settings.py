@@ -1,5 +1,6 @@
 """What requests meet once other settings hold, over real gRPC: on streams that were open before, too."""
 
+import asyncio
 import logging
 
 import grpc
@@ -105,3 +106,22 @@ async def test_what_needs_a_restart_is_refused_and_nothing_else_of_it_is_applied
         stream = Stream(stack.stub)
         await stream.send(call(1))
         assert (await stream.answers(1))[0].error.code == ""
+
+
+async def test_another_protocol_is_for_the_next_batch_and_the_old_streams_close() -> None:
+    gate = Gate()
+    async with serving(gate.mock()) as stack:
+        stream = Stream(stack.stub)
+        await stream.send(call(1))
+        await stack.mock.wait_for_arrivals(1)
+        apply(stack, protocol="unary")
+        await stream.send(call(2))
+        await stack.mock.wait_for_arrivals(2)
+        gate.open()
+        answers = await stream.answers(2)
+        assert [floats(answer.outputs) for answer in answers] == [truth("churn", [[1.0, 2.0]])] * 2
+        async with asyncio.timeout(30):
+            await stack.mock.wait_until_idle()  # a stream between batches would be open for a minute
+        await stream.send(call(3))
+        assert floats((await stream.answer()).outputs) == truth("churn", [[1.0, 2.0]])
+        assert stack.mock.open_calls == 0

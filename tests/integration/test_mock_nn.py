@@ -162,6 +162,23 @@ async def test_a_width_gives_a_matrix_of_answers() -> None:
     assert list(metadata.outputs[0].shape) == [-1, 3]
 
 
+async def test_what_metadata_tells_is_what_is_taken_and_given() -> None:
+    flags = "--vector-input INPUT0 --vector-datatype FP64 --vector-output OUTPUT0"
+    async with mock_with(flags) as mock, client_of(mock) as stub:
+        told = await stub.ModelMetadata(pb.ModelMetadataRequest(name="m"))
+        (input_,), (output,) = told.inputs, told.outputs
+        request = pb.ModelInferRequest(model_name="m", raw_input_contents=[ROWS.astype("<f8").tobytes()])
+        request.inputs.add(name=input_.name, datatype=input_.datatype, shape=ROWS.shape)
+        request.outputs.add(name=output.name)
+        request.parameters["agent_type"].string_param = "cat"
+        response = await stub.ModelInfer(request)
+        assert [(one.name, one.datatype) for one in response.outputs] == [("OUTPUT0", output.datatype)]
+        assert values(response) == expected("m", "cat", ROWS).tolist()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.ModelInfer(batch_request())
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_a_large_matrix_goes_through() -> None:
     rows = np.ones((1024, 8192), dtype=np.float32)  # 32 MiB
     options = [("grpc.max_send_message_length", 64 * 2**20)]

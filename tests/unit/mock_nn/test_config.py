@@ -22,8 +22,8 @@ def test_no_flags_are_the_defaults() -> None:
 def test_every_flag_has_its_setting() -> None:
     flags = (
         "--listen [::1]:0 --latency 0.05 --latency a=1-2 --latency b=c=0 --seed 7 --models a,b=c --max-batch-size 8 "
-        "--output-width 3 --instances 2 --fault stall:first=1 --fault nan --drain-delay 0.5 --drain-timeout 1.5 "
-        "--log-format json --quiet"
+        "--output-width 3 --vector-input INPUT0 --vector-datatype FP64 --vector-output OUTPUT0 --instances 2 "
+        "--fault stall:first=1 --fault nan --drain-delay 0.5 --drain-timeout 1.5 --log-format json --quiet"
     )
     assert parse_config(flags.split()) == MockConfig(
         listen="[::1]:0",
@@ -33,6 +33,9 @@ def test_every_flag_has_its_setting() -> None:
         models=frozenset({"a", "b=c"}),
         max_batch_size=8,
         output_width=3,
+        vector_input="INPUT0",
+        vector_datatype="FP64",
+        vector_output="OUTPUT0",
         instances=2,
         faults=(Fault(FaultKind.STALL, Trigger.FIRST, 1), Fault(FaultKind.NAN)),
         drain_delay_s=0.5,

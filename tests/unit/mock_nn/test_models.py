@@ -227,3 +227,20 @@ def test_metadata_tell_the_tensors(width: int, shape: list[int]) -> None:
     described = metadata("m", width)
     assert [(t.name, t.datatype, list(t.shape)) for t in described.inputs] == [("vector", "FP32", [-1, -1])]
     assert [(t.name, t.datatype, list(t.shape)) for t in described.outputs] == [("output", "FP32", shape)]
+
+
+def test_named_tensors_are_told_and_taken_and_no_others() -> None:
+    described = metadata("m", 0, "x", "FP64", "y")
+    assert [(t.name, t.datatype, list(t.shape)) for t in described.inputs] == [("x", "FP64", [-1, -1])]
+    assert [t.name for t in described.outputs] == ["y"]
+    doubles = tensor_request(datatype="FP64", raw=(bytes(48),), outputs=("y",))
+    assert read_matrix(doubles, "x", "FP64", "y").shape == (2, 3)
+    assert answer(doubles, np.zeros(2, np.float32), "y").infer_response.outputs[0].name == "y"
+    for names, message in (
+        (("z", "FP64", "y"), "unexpected inference input 'x' for model 'm'"),
+        (("x", "FP32", "y"), "input 'x' has datatype 'FP64', must be one of ['FP32']"),
+        (("x", "FP64", "output"), "unexpected inference output 'y' for model 'm'"),
+    ):
+        with pytest.raises(BadInputError) as refused:
+            read_matrix(doubles, *names)
+        assert str(refused.value) == message

@@ -171,11 +171,19 @@ def pool_of(
     max_in_flight: int = 1,
     ejection_s: float = 30.0,
     probe_interval_s: float = 0.0,
+    max_in_flight_total: int = 1024,
 ) -> ReplicaPool:
     """A pool of fakes, not started; those of `later` join when their addresses are set. Batches time out after 60 s."""
     by_address = {replica.address: replica for replica in (*replicas, *later)}
     addresses = [replica.address for replica in replicas]
-    rules = Rules(max_in_flight, ejection_s, probe_interval_s, batch_timeout_s=60.0, resolve_interval_s=5.0)
+    rules = Rules(
+        max_in_flight,
+        ejection_s,
+        probe_interval_s,
+        batch_timeout_s=60.0,
+        resolve_interval_s=5.0,
+        max_in_flight_total=max_in_flight_total,
+    )
     return ReplicaPool(by_address.__getitem__, addresses, rules)
 
 

@@ -415,6 +415,72 @@ async def test_slots_are_there_while_their_replica_is_full() -> None:
     await pool.aclose()
 
 
+async def test_no_more_slots_are_counted_than_a_replica_has_room_for() -> None:
+    # A model was told of 8 slots where 4 batches may be out, and the admission took twice as much as could be in time.
+    pool = pool_of(*backends(2), max_in_flight=8, max_in_flight_total=4)
+    pool.start()
+    now = asyncio.get_running_loop().time()
+    slots = pool.slots(("m", ""))
+    assert (slots.usable, slots.count_free(now), len(slots.returns_s(now))) == (8, 8, 8)
+    pool.set_max_in_flight(3)
+    assert (slots.usable, slots.count_free(now)) == (6, 6)
+    pool.set_max_in_flight(5)
+    assert (slots.usable, slots.count_free(now)) == (8, 8)
+    await pool.aclose()
+
+
+async def test_it_is_told_in_order_when_slots_come_back_and_anew_after_each_batch() -> None:
+    one, two = backends(2)
+    pool = pool_of(one, two, max_in_flight=2)
+    pool.start()
+    loop = asyncio.get_running_loop()
+    key, slots = Key(pool), pool.slots(("m", ""))
+    key.learn(["r:1", "r:2"], 5.0)
+
+    def returns() -> list[float]:
+        told = slots.returns_s(loop.time())
+        return [round(told[number], 3) for number in range(len(told))]
+
+    assert returns() == [0, 0, 0, 0]
+    key.send(1)
+    await asyncio.sleep(2.0)
+    assert returns() == [0, 0, 0, 3]
+    key.send(3)
+    await turn()
+    assert returns() == [3, 5, 5, 5]
+    await asyncio.sleep(3.5)
+    assert returns() == [0, 1.5, 1.5, 1.5]  # the first is overdue
+    one.sent[0].answer()
+    await turn()
+    assert returns() == [0, 1.5, 1.5, 1.5]
+    await asyncio.sleep(1.0)
+    assert returns() == [0, 0.5, 0.5, 0.5]
+    for sent_batch in [*one.sent[1:], *two.sent]:
+        sent_batch.answer()
+    await key.wait()
+    assert returns() == [0, 0, 0, 0]
+    pool.set_max_in_flight(0)
+    assert returns() == []
+    await pool.aclose()
+
+
+async def test_room_that_another_model_has_taken_is_no_free_slot() -> None:
+    one, two = backends(2)
+    pool = pool_of(one, two, max_in_flight=3, max_in_flight_total=4)
+    pool.start()
+    key = Key(pool)
+    key.send(5)
+    await turn()
+    assert sorted(sent(one, two)) == [2, 3]
+    now = asyncio.get_running_loop().time()
+    assert pool.slots(("m", "")).count_free(now) == 1
+    assert pool.slots(("other", "")).count_free(now) == 1 + 2
+    for sent_batch in [*one.sent, *two.sent]:
+        sent_batch.answer()
+    await key.wait()
+    await pool.aclose()
+
+
 async def test_a_full_replica_that_loses_a_batch_pauses_before_the_next() -> None:
     pool = pool_of(one := Narrow("r:1"))
     pool.start()

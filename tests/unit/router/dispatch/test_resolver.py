@@ -98,13 +98,36 @@ async def test_other_entries_can_be_followed_and_those_that_stay_keep_what_is_kn
     following.resolver.start()
     await asyncio.sleep(0.1)
     following.resolver.follow(["b:1", "dns:///new:1", ENTRY])
-    assert following.told[-1] == ["b:1", "10.0.0.1:1"]
+    assert following.told[-1] == ["b:1", "10.0.0.1:1", "10.0.0.9:1", "a:1"]
     following.sources["dns:///new:1"].found = ["10.0.0.5:1"]
     await asyncio.sleep(0.1)
     assert following.told[-1] == ["b:1", "10.0.0.5:1", "10.0.0.1:1"]
     looks = following.sources["dns:///old:1"].looks
     await asyncio.sleep(60)
     assert following.sources["dns:///old:1"].looks == looks
+    await following.resolver.aclose()
+
+
+async def test_nobody_leaves_for_entries_that_were_never_found(caplog: pytest.LogCaptureFixture) -> None:
+    # From fixed addresses to a name: all replicas left before the name was looked up, and every row waited for it.
+    following = Following("a:1", "b:1")
+    following.resolver.start()
+    following.resolver.follow([ENTRY, "file:/later", "b:1"])
+    one, later = following.sources[ENTRY], following.sources["file:/later"]
+    one.found, later.found = OSError("no name server"), OSError("no file")
+    assert following.told[-1] == ["b:1", "a:1"]
+    await asyncio.sleep(12.0)
+    assert "no name server" in caplog.text
+    assert following.told[-1] == ["b:1", "a:1"]
+    one.found = ["10.0.0.1:1"]
+    await asyncio.sleep(5.0)
+    assert following.told[-1] == ["10.0.0.1:1", "b:1", "a:1"]
+    later.found = ["10.0.0.2:1"]
+    await asyncio.sleep(5.0)
+    assert following.told[-1] == ["10.0.0.1:1", "10.0.0.2:1", "b:1"]
+    one.found = OSError("gone again")
+    following.resolver.follow([ENTRY])
+    assert following.told[-1] == ["10.0.0.1:1"]
     await following.resolver.aclose()
 
 
