@@ -96,5 +96,5 @@ class Backends:
 
 def _lasting(settings: Settings, name: str) -> tuple[object, ...]:
     """What cannot change within a pool."""
-    backend = settings.backends[name].model_copy(update={"addresses": [], "max_in_flight": 0})
+    backend = settings.backends[name].model_copy(update={"addresses": [], "max_in_flight": 0, "model_interval_s": 0.0})
     return backend, settings.batch_timeout_s, settings.limits.max_backend_message_bytes

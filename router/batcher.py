@@ -19,11 +19,10 @@ from router.core.budget import Budget
 from router.core.hedge import Hedging
 from router.core.isolation import Piece
 from router.core.policy import Hold, Policy, View, change_policy
-from router.core.queue import KeyQueue
+from router.core.queue import Bounds, KeyQueue
 from router.core.retry import count_rows
 from router.core.service_time import FAST_S
 from router.core.types import Batch, BatchAnswer, BatchKey, Block, Contract, Part
-from router.core.variable_queue import set_bounds
 from router.dispatch.pool import ReplicaPool
 from router.dispatch.slots import CLOCK_SLACK_S, ModelSlots, Slot
 from router.errors import (
@@ -31,8 +30,6 @@ from router.errors import (
     DeadlineExceeded,
     InternalError,
     ModelFailed,
-    NotFound,
-    Refused,
     ResourceExhausted,
     Unavailable,
 )
@@ -57,7 +54,7 @@ class Batcher:
         retries: int,
         contract: Contract,
         next_batch_id: Callable[[], str],
-        on_absent: Callable[[], None],
+        on_failure: Callable[[], None],
         metrics: Metrics,
     ) -> None:
         self._key = key
@@ -66,8 +63,8 @@ class Batcher:
         self._contract = contract
         self._hedging = Hedging(policy.service_times, self._may_hedge, is_allowed=retries > 0)
         self._next_batch_id = next_batch_id
-        # Told when the backend has no such model.
-        self._on_absent = on_absent
+        # Told when a batch has failed: the model may be another than was known.
+        self._on_failure = on_failure
         self._accepted_rows = metrics.rows
         self._batch_rows = metrics.batch_rows.labels(backend)
         self._batch_seconds = metrics.batch_seconds.labels(backend)
@@ -140,30 +137,10 @@ class Batcher:
         self._recovery.discard(block)
 
     def apply(
-        self,
-        *,
-        max_batch_rows: int,
-        max_batch_bytes: int,
-        max_rows: int,
-        max_bytes: int | None,
-        weights: Mapping[str, float],
-        patience_s: float,
-        max_in_flight: int,
-        max_queue_delay_s: float,
-        retries: int,
-        contract: Contract,
+        self, bounds: Bounds, *, max_in_flight: int, max_queue_delay_s: float, retries: int, contract: Contract
     ) -> None:
         """Go on by other settings, with what waits, what flies and what was learned."""
-        set_bounds(
-            self._queue,
-            self._key,
-            max_batch_rows=max_batch_rows,
-            max_batch_bytes=max_batch_bytes,
-            max_rows=max_rows,
-            max_bytes=max_bytes,
-            weights=weights,
-            patience_s=patience_s,
-        )
+        self._queue.set_bounds(bounds)
         self._policy = change_policy(self._policy, max_in_flight, max_queue_delay_s)
         self.set_retries(retries)
         self._contract = contract
@@ -361,8 +338,7 @@ class Batcher:
         try:
             answer = await self._pool.infer(batch, slot, self._hedging)
         except BackendError as error:
-            if isinstance(error, Refused) and error.as_caller_error is NotFound:
-                self._on_absent()
+            self._on_failure()
             self._recovery.failed(batch, error, slot.seat.member.address)
         except asyncio.CancelledError:
             fail(batch.parts, Unavailable("the router shut down before the call was answered"))

@@ -322,7 +322,8 @@ class Settings(BaseSettings):
 
     def model_names(self) -> list[str]:
         """The models that are named as they are, without a pattern."""
-        return [model.match.model_name for model in self.models if not set("*?[") & set(model.match.model_name)]
+        names = (model.match.model_name for model in self.models)
+        return list(dict.fromkeys(name for name in names if not set("*?[") & set(name)))
 
     def to_yaml(self) -> str:
         """The effective settings as a file that would give the same."""

@@ -183,9 +183,9 @@ class DataPlane:
         """Go on by other settings: rows that wait or fly are served, new ones go where these say."""
         self._lanes.apply(settings)
 
-    def refit(self) -> None:
-        """Go on by what is known of the models now."""
-        self._lanes.refit()
+    def refit(self, model: tuple[str, str]) -> None:
+        """Go on by what is known of a model now."""
+        self._lanes.refit(model)
 
     def uses(self, pool: ReplicaPool) -> bool:
         """Whether rows may still go there, or are there."""

@@ -19,6 +19,7 @@ from typing import Protocol
 from router.batcher import Batcher
 from router.config import Settings
 from router.core.policy import choose_policy
+from router.core.queue import Bounds
 from router.core.types import BatchKey, Block, Contract
 from router.core.variable_queue import make_queue
 from router.dispatch.pool import ReplicaPool
@@ -97,24 +98,30 @@ class Lanes:
         for site in self._all():
             site.batcher.recount()
         self._models.recount()
-        self.refit()
+        for site in list(self._all()):
+            self._refit(site)
         self._sweep_timer.cancel()
         self._sweep()
 
-    def refit(self) -> None:
-        """Go on by what is known of the models now."""
-        for site in list(self._all()):
-            try:
-                model = self._models.of_key(site.key)
-            except NotFound:
-                model = None
-            if self._sites.get(site.key) is not site:
-                _configure_retired(site, model)
-            elif model and site.pool is self._pools[model.settings.backend] and self._models.takes(site.key):
-                self._configure(site, model)
-            else:
-                _configure_retired(site, model)
-                self._retire(site)
+    def refit(self, model: tuple[str, str]) -> None:
+        """Go on by what is known of a model now."""
+        for site in [site for site in self._sites.values() if site.key.model == model]:
+            self._refit(site)
+
+    def _refit(self, site: _Site) -> None:
+        try:
+            model = self._models.of_key(site.key)
+        except NotFound:
+            model = None
+        is_retired = self._sites.get(site.key) is not site
+        stays = model and site.pool is self._pools[model.settings.backend] and self._models.takes(site.key)
+        if model and stays and not is_retired:
+            self._configure(site, model)
+            return
+        if model:  # where it serves from stays as it was; how often its rows may be sent is the model's, wherever
+            site.batcher.set_retries(model.settings.retries)
+        if not is_retired:
+            self._retire(site)
 
     def _set_budget(self) -> None:
         limits = self._settings.limits
@@ -144,16 +151,7 @@ class Lanes:
         backend = self._settings.backends[settings.backend]
         return Batcher(
             key,
-            queue=make_queue(
-                key,
-                max_batch_rows=model.max_batch_rows,
-                max_batch_bytes=settings.max_batch_bytes,
-                max_rows=self._settings.limits.max_queued_rows,
-                budget=self.budget,
-                max_bytes=self._settings.limits.max_key_bytes,
-                weights=self._settings.tenant_weights,
-                patience_s=settings.batch_class_patience_s,
-            ),
+            queue=make_queue(key, self._bounds(model), self.budget),
             budget=self.budget,
             policy=choose_policy(backend.max_in_flight, settings.max_queue_delay_s),
             pool=self._pools[settings.backend],
@@ -161,19 +159,25 @@ class Lanes:
             retries=settings.retries,
             contract=_contract(key, model),
             next_batch_id=self._next_batch_id,
-            on_absent=functools.partial(self._models.doubt, settings.backend, key.model),
+            on_failure=functools.partial(self._models.doubt, settings.backend, key.model),
             metrics=self._metrics,
+        )
+
+    def _bounds(self, model: Model) -> Bounds:
+        limits = self._settings.limits
+        return Bounds(
+            max_batch_rows=model.max_batch_rows,
+            max_rows=limits.max_queued_rows,
+            max_batch_bytes=model.settings.max_batch_bytes,
+            max_bytes=limits.max_key_bytes,
+            weights=self._settings.tenant_weights,
+            patience_s=model.settings.batch_class_patience_s,
         )
 
     def _configure(self, site: _Site, model: Model) -> None:
         settings = model.settings
         site.batcher.apply(
-            max_batch_rows=model.max_batch_rows,
-            max_batch_bytes=settings.max_batch_bytes,
-            max_rows=self._settings.limits.max_queued_rows,
-            max_bytes=self._settings.limits.max_key_bytes,
-            weights=self._settings.tenant_weights,
-            patience_s=settings.batch_class_patience_s,
+            self._bounds(model),
             max_in_flight=self._settings.backends[settings.backend].max_in_flight,
             max_queue_delay_s=settings.max_queue_delay_s,
             retries=settings.retries,
@@ -221,12 +225,6 @@ class Lanes:
             del self.by_key[key]
             self._sites.pop(key).lane.stop()
         self._sweep_timer = self._loop.call_later(max(idle_s / 10, MIN_SWEEP_S), self._sweep)
-
-
-def _configure_retired(site: _Site, model: Model | None) -> None:
-    """Where it serves from stays as it was; how often its rows may be sent is the model's, wherever they are."""
-    if model:
-        site.batcher.set_retries(model.settings.retries)
 
 
 def _contract(key: BatchKey, model: Model) -> Contract:

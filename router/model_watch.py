@@ -47,7 +47,7 @@ class ModelWatch:
         *,
         interval_s: Callable[["ModelWatch"], float],
         is_idle: Callable[["ModelWatch"], bool],
-        on_change: Callable[[], None],
+        on_change: Callable[["ModelWatch"], None],
         on_idle: Callable[["ModelWatch"], None],
     ) -> None:
         self.backend = backend
@@ -131,21 +131,20 @@ class ModelWatch:
         try:
             report = remember(self.report, await self.pool.describe(self.model))
             must_wait = report.state is ModelState.UNREADY and (report.info is None or await self.pool.is_ready())
+            self.is_answered = True
+            self._told(report, must_wait=must_wait)
         except StreamLost:
             self.is_answered = False
         except Exception:
             self.is_answered = False
             logger.exception("a question about model %r failed inside the router; this is a bug", self.model[0])
-        else:
-            self.is_answered = True
-            self._told(report, must_wait=must_wait)
 
     def _told(self, report: ModelReport, *, must_wait: bool) -> None:
         before, was_waiting = self.report, self.must_wait
         self.report, self.must_wait = report, must_wait
         if before is not None and (before, was_waiting) != (report, must_wait):
             self._log(before, report)
-            self._on_change()
+            self._on_change(self)
         if not must_wait:
             self.room.release()
 

@@ -98,11 +98,13 @@ class Models:
         self._settings = settings
         self._pools = pools
         self.budget = Budget(settings.limits.max_queued_bytes)
-        # Told when `find` may answer otherwise than before.
-        self.on_change: Callable[[], None] = lambda: None
-        # State: by backend, model name and version, what is known or being asked; watches that end.
+        # Told of a model, by name and version, of which `find` may answer otherwise than before.
+        self.on_change: Callable[[tuple[str, str]], None] = lambda _: None
+        # State: by backend, model name and version, what is known or being asked; watches that end; whether nobody is
+        # asked any more.
         self._watches: dict[tuple[str, str, str], ModelWatch] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"<Models {list(self._watches.values())!r}>"
@@ -187,7 +189,7 @@ class Models:
             room.discard(block)
 
     def doubt(self, backend: str, model: tuple[str, str]) -> None:
-        """A backend says of a batch that it has no such model: ask again at once."""
+        """A batch has failed, perhaps since the model is gone or another than before: ask again at once."""
         watch = self._watches.get((backend, *model))
         if watch:
             watch.doubt()
@@ -198,7 +200,7 @@ class Models:
         Raises ResourceExhausted when too many models are known already.
         """
         settings = self._settings.find_model(model_name)
-        if settings is None:
+        if settings is None or max(len(model_name), len(model_version)) > self._settings.limits.max_name_length:
             return ModelReport(ModelState.ABSENT)
         if settings.backend not in self._pools:
             return ModelReport(ModelState.READY)
@@ -214,11 +216,12 @@ class Models:
         listed = await asyncio.gather(*(self._index_of(backend) for backend in self._pools))
         found = {(entry.name, entry.version): entry for entries in listed for entry in entries}
         named = {name for name, _ in found}
-        known = [(name, version) for _, name, version in self._watches if name not in named]
-        others = {*known, *((name, "") for name in self._settings.model_names() if name not in named)}
-        reports = await asyncio.gather(*(self.report(*model) for model in others))
-        for model, report in zip(others, reports, strict=True):
-            if report.state is not ModelState.ABSENT:
+        reports = {watch.model: watch.report for watch in self._watches.values() if watch.model[0] not in named}
+        asked = [name for name in self._settings.model_names() if name not in named]
+        told = await asyncio.gather(*(self.report(name) for name in asked))
+        reports.update(((name, ""), report) for name, report in zip(asked, told, strict=True))
+        for model, report in reports.items():
+            if report and report.state is not ModelState.ABSENT:
                 found[model] = _to_entry(model, report)
         return [found[model] for model in sorted(found)]
 
@@ -234,7 +237,7 @@ class Models:
 
     def count(self, state: ModelState | None) -> int:
         """The models that are known to be in a state; None: of which nobody has told yet."""
-        reports = [watch.report for watch in self._watches.values()]
+        reports = [watch.report for watch in list(self._watches.values())]  # at once: another thread may ask
         return sum((report.state if report else None) is state for report in reports)
 
     def recount(self) -> None:
@@ -253,6 +256,7 @@ class Models:
 
     async def aclose(self) -> None:
         """Ask no more; who waits is told."""
+        self._is_closed = True
         error = Unavailable("the router shut down before the call was answered", retry_after_s=RETRY_AFTER_S)
         for watch in list(self._watches.values()):
             watch.room.fail(error)
@@ -270,6 +274,8 @@ class Models:
     def _watch(self, backend: str, model: tuple[str, str]) -> ModelWatch:
         watch = self._watches.get((backend, *model))
         if watch is None:
+            if self._is_closed:
+                raise Unavailable("the router is shutting down and asks no backend any more")
             self._make_room()
             watch = self._watches[backend, *model] = ModelWatch(
                 backend,
@@ -311,13 +317,16 @@ class Models:
 
     def _forget(self, watch: ModelWatch) -> None:
         self._drop(watch)
-        self._changed()
+        if not watch.is_absent:  # of which nobody remembers anything
+            self._changed(watch)
 
-    def _changed(self) -> None:
-        self.on_change()
+    def _changed(self, watch: ModelWatch) -> None:
+        self.on_change(watch.model)
 
     def _drop(self, watch: ModelWatch) -> None:
-        del self._watches[watch.backend, *watch.model]
+        name = watch.backend, *watch.model
+        if self._watches.get(name) is watch:  # it may be dropped twice: when its pool is replaced, and as idle
+            del self._watches[name]
         task = asyncio.create_task(watch.aclose(), name=f"close {watch.model[0]}")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

@@ -130,9 +130,9 @@ class RouterServer:
         self._around.apply(settings)
         self._open_inference.apply(settings)
 
-    def _refit(self) -> None:
-        """A backend tells other things of a model than before: forget what follows from them."""
-        self.plane.refit()
+    def _refit(self, model: tuple[str, str]) -> None:
+        """A backend tells other things of a model than before: forget what followed from them."""
+        self.plane.refit(model)
         self._around.refit()
         self._open_inference.apply(self._settings)
 

@@ -14,6 +14,7 @@ The caller passes `now` (monotonic seconds) and asks `wake_at` for the next alar
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from weakref import ref
 
@@ -28,29 +29,32 @@ STALE_ENTRIES = 64
 DEFAULT_WEIGHT = 1.0
 DEFAULT_PATIENCE_S = 30.0
 NO_WEIGHTS: Mapping[str, float] = {}
+NO_BOUND = 2**63
 
 
-class KeyQueue:
-    """The queue of one key.
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a batch of a key takes, of whom, and what of the key may wait.
 
-    max_batch_rows: rows of the largest batch; row_bytes: of each row. max_rows, max_bytes (None: no bound): what may
-    wait here; requeued rows may exceed it, since what was accepted is never refused later. weights: of tenants, 1 where
+    max_batch_rows, max_batch_bytes: of the largest batch, whichever is less. max_rows, max_bytes (None: no bound): what
+    may wait; requeued rows may exceed it, since what was accepted is never refused later. weights: of tenants, 1 where
     nothing is said. patience_s: when waiting batch rows become due.
     """
 
+    max_batch_rows: int
+    max_rows: int
+    max_batch_bytes: int = NO_BOUND
+    max_bytes: int | None = None
+    weights: Mapping[str, float] = field(default_factory=lambda: NO_WEIGHTS)
+    patience_s: float = DEFAULT_PATIENCE_S
+
+
+class KeyQueue:
+    """The queue of one key. row_bytes: of each row; 0: nobody counts them."""
+
     lane_type = Lane
 
-    def __init__(
-        self,
-        *,
-        max_batch_rows: int,
-        max_rows: int,
-        row_bytes: int,
-        budget: Budget,
-        max_bytes: int | None = None,
-        weights: Mapping[str, float] = NO_WEIGHTS,
-        patience_s: float = DEFAULT_PATIENCE_S,
-    ) -> None:
+    def __init__(self, bounds: Bounds, *, row_bytes: int, budget: Budget) -> None:
         self._row_bytes = row_bytes
         self._budget = budget
         # State: the lanes that share batches, and those of tenants that do not; the only lane, while there is but one;
@@ -63,33 +67,20 @@ class KeyQueue:
         self.rows = 0
         # Rows and bytes of the key that wait elsewhere: they are in its bounds, too.
         self._other_rows = self._other_bytes = 0
-        self.set_bounds(
-            max_batch_rows=max_batch_rows,
-            max_rows=max_rows,
-            max_bytes=max_bytes,
-            weights=weights,
-            patience_s=patience_s,
-        )
+        self.set_bounds(bounds)
 
     def __repr__(self) -> str:
         return f"<KeyQueue {self.rows} rows in {self.blocks} blocks>"
 
-    def set_bounds(
-        self,
-        *,
-        max_batch_rows: int,
-        max_rows: int,
-        max_bytes: int | None,
-        weights: Mapping[str, float],
-        patience_s: float,
-    ) -> None:
+    def set_bounds(self, bounds: Bounds) -> None:
         """Change what a batch takes, from whom and what may wait; what waits already stays."""
-        self.max_batch_rows = max_batch_rows
-        self._max_rows = max_rows
-        self._max_bytes = math.inf if max_bytes is None else max_bytes
+        by_bytes = bounds.max_batch_bytes // self._row_bytes if self._row_bytes else bounds.max_batch_rows
+        self.max_batch_rows = max(1, min(bounds.max_batch_rows, by_bytes))
+        self._max_rows = bounds.max_rows
+        self._max_bytes = math.inf if bounds.max_bytes is None else bounds.max_bytes
         self._set_most_rows()
-        self._weights = weights
-        self._patience_s = patience_s
+        self._weights = bounds.weights
+        self._patience_s = bounds.patience_s
         for lane in self._lanes():
             if lane.tenant is not None:
                 lane.weight = self._weight(lane.tenant)

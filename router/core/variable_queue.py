@@ -3,11 +3,9 @@
 Where all rows are equally wide, bytes are rows, and `KeyQueue` counts those only.
 """
 
-from collections.abc import Mapping
-
 from router.core.budget import Budget
 from router.core.lane import Lane, Room
-from router.core.queue import DEFAULT_PATIENCE_S, NO_WEIGHTS, KeyQueue
+from router.core.queue import Bounds, KeyQueue
 from router.core.types import BatchKey, Block, Part
 from router.core.variable import VariablePart
 
@@ -51,32 +49,18 @@ class VariableLane(Lane):
 
 
 class VariableQueue(KeyQueue):
-    """A KeyQueue for the blocks of `variable`; `max_batch_bytes`: of the largest batch."""
+    """A KeyQueue for the blocks of `variable`."""
 
     lane_type = VariableLane
 
-    def __init__(
-        self,
-        *,
-        max_batch_rows: int,
-        max_batch_bytes: int,
-        max_rows: int,
-        budget: Budget,
-        max_bytes: int | None = None,
-        weights: Mapping[str, float] = NO_WEIGHTS,
-        patience_s: float = DEFAULT_PATIENCE_S,
-    ) -> None:
-        super().__init__(
-            max_batch_rows=max_batch_rows,
-            max_rows=max_rows,
-            row_bytes=0,
-            budget=budget,
-            max_bytes=max_bytes,
-            weights=weights,
-            patience_s=patience_s,
-        )
-        self.max_batch_bytes = max_batch_bytes
+    def __init__(self, bounds: Bounds, *, budget: Budget) -> None:
+        super().__init__(bounds, row_bytes=0, budget=budget)
         self._nbytes = 0
+
+    def set_bounds(self, bounds: Bounds) -> None:
+        """See KeyQueue."""
+        super().set_bounds(bounds)
+        self.max_batch_bytes = bounds.max_batch_bytes
 
     @property
     def nbytes(self) -> int:
@@ -111,60 +95,8 @@ class VariableQueue(KeyQueue):
         self._nbytes += nbytes
 
 
-def make_queue(
-    key: BatchKey,
-    *,
-    max_batch_rows: int,
-    max_batch_bytes: int,
-    max_rows: int,
-    budget: Budget,
-    max_bytes: int | None = None,
-    weights: Mapping[str, float] = NO_WEIGHTS,
-    patience_s: float = DEFAULT_PATIENCE_S,
-) -> KeyQueue:
+def make_queue(key: BatchKey, bounds: Bounds, budget: Budget) -> KeyQueue:
     """The queue that fits a key's rows."""
     if key.is_variable:
-        return VariableQueue(
-            max_batch_rows=max_batch_rows,
-            max_batch_bytes=max_batch_bytes,
-            max_rows=max_rows,
-            budget=budget,
-            max_bytes=max_bytes,
-            weights=weights,
-            patience_s=patience_s,
-        )
-    return KeyQueue(
-        max_batch_rows=_batch_rows(key, max_batch_rows, max_batch_bytes),
-        max_rows=max_rows,
-        budget=budget,
-        max_bytes=max_bytes,
-        row_bytes=key.row_bytes,
-        weights=weights,
-        patience_s=patience_s,
-    )
-
-
-def set_bounds(
-    queue: KeyQueue,
-    key: BatchKey,
-    *,
-    max_batch_rows: int,
-    max_batch_bytes: int,
-    max_rows: int,
-    max_bytes: int | None,
-    weights: Mapping[str, float],
-    patience_s: float,
-) -> None:
-    """Change the bounds that `make_queue` gave."""
-    if isinstance(queue, VariableQueue):
-        queue.max_batch_bytes = max_batch_bytes
-    else:
-        max_batch_rows = _batch_rows(key, max_batch_rows, max_batch_bytes)
-    queue.set_bounds(
-        max_batch_rows=max_batch_rows, max_rows=max_rows, max_bytes=max_bytes, weights=weights, patience_s=patience_s
-    )
-
-
-def _batch_rows(key: BatchKey, max_batch_rows: int, max_batch_bytes: int) -> int:
-    """Rows of the largest batch where all are equally wide."""
-    return max(1, min(max_batch_rows, max_batch_bytes // key.row_bytes))
+        return VariableQueue(bounds, budget=budget)
+    return KeyQueue(bounds, row_bytes=key.row_bytes, budget=budget)

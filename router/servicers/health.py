@@ -1,5 +1,6 @@
 """grpc.health.v1 and reflection, so that probes, grpcurl, buf curl and ghz work without our protos."""
 
+import asyncio
 from typing import TypeAlias
 
 import grpc.aio
@@ -22,6 +23,10 @@ SERVICES = tuple(
     for module, name in ((native, "InferenceRouterService"), (open_inference, "GRPCInferenceService"))
 )
 Context: TypeAlias = grpc.aio.ServicerContext[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
+
+Status: TypeAlias = health_pb2.HealthCheckResponse
+# How often a model is asked about whose status is watched.
+WATCH_S = 1.0
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -63,14 +68,35 @@ class _Servicer(health_aio.HealthServicer):
         if request.service in ("", *SERVICES):
             return await super().Check(request, context)
         try:
-            report = await self._models.report(request.service)
+            status = await self._status_of(request.service)
         except RouterError as error:
             return await abort(context, to_proto(error))
-        if report.state is ModelState.ABSENT:
+        if status == Status.SERVICE_UNKNOWN:
             return await abort(context, to_proto(NotFound(f"neither a service nor a model: {request.service!r}")))
+        return Status(status=status)
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:  # noqa: N802
+        """Tell the status, and each other one; SERVICE_UNKNOWN for what is neither a service nor a model."""
+        if request.service in ("", *SERVICES):
+            await super().Watch(request, context)
+            return
+        told = None
+        while True:
+            try:
+                status = await self._status_of(request.service)
+            except RouterError as error:
+                await abort(context, to_proto(error))
+            if status != told:
+                await context.write(Status(status=status))
+                told = status
+            await asyncio.sleep(WATCH_S)
+
+    async def _status_of(self, model_name: str) -> int:
+        report = await self._models.report(model_name)
+        if report.state is ModelState.ABSENT:
+            return Status.SERVICE_UNKNOWN
         is_serving = report.state is ModelState.READY and not self.is_leaving
-        status = health_pb2.HealthCheckResponse
-        return status(status=status.SERVING if is_serving else status.NOT_SERVING)
+        return Status.SERVING if is_serving else Status.NOT_SERVING
 
 
 class Health:

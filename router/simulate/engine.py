@@ -21,7 +21,7 @@ from router.core.admission import Admission
 from router.core.balance import Load, choose
 from router.core.budget import Budget
 from router.core.policy import Hold, Policy, View
-from router.core.queue import DEFAULT_PATIENCE_S, KeyQueue
+from router.core.queue import DEFAULT_PATIENCE_S, Bounds, KeyQueue
 from router.core.types import DEFAULT_TENANT, BatchAnswer, BatchKey, Block, Part
 from router.errors import RouterError
 
@@ -245,14 +245,13 @@ class Simulation:
 
     def _new_key(self, name: str) -> _Key:
         setup = self._setup
-        queue = KeyQueue(
+        bounds = Bounds(
             max_batch_rows=setup.max_batch_size,
             max_rows=setup.max_queued_rows,
-            row_bytes=0,
-            budget=self._budget,
             weights=setup.tenant_weights,
             patience_s=setup.batch_class_patience_s,
         )
+        queue = KeyQueue(bounds, row_bytes=0, budget=self._budget)
         key = self._keys[name] = _Key(BatchKey("model", "", name, ()), queue, setup.policy(), Admission())
         return key
 

@@ -254,6 +254,22 @@ async def test_a_model_that_appears_and_disappears_shows_at_once_where_it_is_ask
         assert await stack.fails() == ("NOT_FOUND", "backend 'mock' has no model 'sum'")
 
 
+async def test_the_health_of_a_model_can_be_watched() -> None:
+    models: dict[str, ServedModel] = {}
+    async with serving(models) as stack:
+        watched = stack.health.Watch(health_pb2.HealthCheckRequest(service="sum"))
+        names = health_pb2.HealthCheckResponse.ServingStatus.Name
+        assert names((await watched.read()).status) == "SERVICE_UNKNOWN"
+        models["sum"] = summing(is_ready=False)
+        assert names((await watched.read()).status) == "NOT_SERVING"
+        models["sum"].is_ready = True
+        assert names((await watched.read()).status) == "SERVING"
+        watched.cancel()
+        of_router = stack.health.Watch(health_pb2.HealthCheckRequest(service=""))
+        assert names((await of_router.read()).status) == "SERVING"
+        of_router.cancel()
+
+
 async def test_requests_wait_while_their_model_is_loaded_again() -> None:
     model = summing()
     async with serving({"sum": model}) as stack:

@@ -105,6 +105,31 @@ models:
     assert settings.route("Churn-1", "seller") is None
 
 
+@pytest.mark.parametrize(
+    ("told", "batching"), [("on", "on"), ("off", "off"), ("'off'", "off"), ("auto", "auto"), ("true", "on")]
+)
+def test_yaml_reads_on_and_off_as_something_else_than_they_are_meant(told: str, batching: str) -> None:
+    settings = load(write(f"backends: {{mock: {{addresses: ['h:1']}}}}\nmodels: [{{backend: mock, batching: {told}}}]"))
+    assert settings.models[0].batching == batching
+    assert load(write(settings.to_yaml())) == settings
+
+
+def test_a_model_is_found_by_its_name_whatever_its_agent_type() -> None:
+    settings = load(
+        write("""
+backends: {one: {addresses: ["h:1"]}}
+models:
+  - {match: {model_name: "churn", agent_type: buyer}, backend: one, max_batch_size: 1}
+  - {match: {model_name: "churn", agent_type: ""}, backend: one, max_batch_size: 2}
+  - {match: {model_name: "fraud", agent_type: buyer}, backend: one, max_batch_size: 3}
+  - {match: {model_name: "x*", agent_type: buyer}, backend: one}
+""")
+    )
+    found = [settings.find_model(name) for name in ("churn", "fraud", "other")]
+    assert [model and model.max_batch_size for model in found] == [2, 3, None]
+    assert settings.model_names() == ["churn", "fraud"]
+
+
 BASE = "backends: {mock: {addresses: ['h:1']}}\nmodels: [{backend: mock}]\n"
 
 

@@ -11,11 +11,13 @@ import pytest
 
 from router.backends import Backends
 from router.config import BackendSettings, Settings
+from router.core.model_info import ModelInfo, ModelReport, ModelState, TensorInfo
 from router.core.types import BatchKey, Block, Tensor
 from router.dataplane import DataPlane
 from router.dispatch.pool import ReplicaPool, Rules
-from router.errors import NotFound, ResourceExhausted, RouterError, StreamLost
+from router.errors import Blame, NotFound, Refused, ResourceExhausted, RouterError, StreamLost, Unavailable
 from router.metrics import Metrics
+from router.models import Models
 from router.single_flight import SingleFlight
 from tests.builders import make_block, make_key, make_texts
 from tests.unit.router.fakes import FakeBackend, RecordingReply
@@ -35,13 +37,18 @@ def make_settings(
 
 
 class Router:
-    """Backends and a data plane, changed as the server changes them; replicas are fakes by address, newest last."""
+    """Backends and a data plane, changed as the server changes them; replicas are fakes by address, newest last.
+
+    Replicas are asked about the models that a test learns, and about no others.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.metrics = Metrics()
         self.replicas: dict[str, list[FakeBackend]] = {}
         self.backends = Backends(settings, self._make_pool, self.metrics)
-        self.plane = DataPlane(settings, self.backends.pools, self.metrics)
+        self.models = Models(settings, self.backends.pools)
+        self.plane = DataPlane(settings, self.backends.pools, self.metrics, self.models)
+        self.models.on_change = self.plane.refit
         self.backends.start()
 
     def _make_pool(self, _: Settings, backend: BackendSettings) -> ReplicaPool:
@@ -65,6 +72,11 @@ class Router:
     def apply(self, settings: Settings) -> None:
         self.backends.apply(settings, self.plane.uses)
         self.plane.apply(settings)
+
+    async def learn(self, info: ModelInfo) -> None:
+        """Let the replica tell of model `m` from now on, and know it."""
+        self.replica().reports["m"] = ModelReport(ModelState.READY, info)
+        await self.models.report("m")
 
     def ask(
         self,
@@ -105,6 +117,7 @@ async def routing(settings: Settings) -> AsyncIterator[Router]:
     router = Router(settings)
     yield router
     await router.plane.aclose()
+    await router.models.aclose()
     await router.backends.aclose()
     assert "<DataPlane 0 open calls" in repr(router.plane)
     assert " 0 rows queued" in repr(router.plane)
@@ -309,6 +322,15 @@ async def test_what_a_pool_cannot_change_makes_a_new_one_beside_the_old(changes:
         assert (old.values, new.values) == ([2], [4])
 
 
+async def test_how_often_models_are_asked_about_changes_in_a_pool_that_stays() -> None:
+    async with routing(make_settings([{}])) as router:
+        router.apply(make_settings([{}], {"one": {"model_interval_s": 1}}))
+        assert len(router.replicas["one:1"]) == 1
+        await router.learn(told())
+        await asyncio.sleep(10)
+        assert len(router.replica().described) > 8
+
+
 async def test_bounds_of_rows_bytes_and_keys_hold_from_then_on_for_what_comes() -> None:
     async with routing(make_settings([{}])) as router:
         router.ask(0)
@@ -492,3 +514,79 @@ async def test_nothing_is_left_of_sharing_that_has_ended() -> None:
         router.apply(make_settings([{}]))
         await settle()
         assert alive() == before
+
+
+async def test_a_model_that_moves_and_may_not_be_sent_twice_any_more_is_not_sent_twice_where_it_was() -> None:
+    """Settings did not reach lanes that were retired by the same change, or had been before."""
+    both: dict[str, dict[str, Any]] = {"one": {}, "two": {}}
+    async with routing(make_settings([{}], both)) as router:
+        early = router.ask(1)
+        await settle()
+        router.apply(make_settings([{"backend": "two", "retries": 0}], both))
+        router.replica("one:1").sent[0].fail(StreamLost("gone"))
+        await settle()
+        assert isinstance(early.error, Unavailable)
+        assert len(router.replica("one:1").sent) == 1
+    async with routing(make_settings([{}], both)) as router:
+        early = router.ask(1)
+        await settle()
+        router.apply(make_settings([{"backend": "two"}], both))
+        router.apply(make_settings([{"backend": "two", "retries": 0}], both))
+        router.replica("one:1").sent[0].fail(StreamLost("gone"))
+        await settle()
+        assert isinstance(early.error, Unavailable)
+
+
+def told(datatype: str = "FP32", **more: Any) -> ModelInfo:  # noqa: ANN401
+    return ModelInfo("m", inputs=(TensorInfo("vector", datatype, (-1, -1)),), **more)
+
+
+async def test_what_waits_goes_in_batches_as_large_as_the_backend_takes_now() -> None:
+    async with routing(make_settings([{}])) as router:
+        await router.learn(told())
+        callers = [router.ask(0)]
+        await settle()
+        callers += [router.ask(value) for value in (1, 2, 3, 4)]
+        await settle()
+        await router.learn(told(max_batch_size=2))
+        await answer_all(router.replica())
+        assert sent(router.replica()) == [[0], [1, 2], [3, 4]]
+        assert [caller.values for caller in callers] == [[0], [2], [4], [6], [8]]
+
+
+@pytest.mark.parametrize("other", [told("FP64"), told(max_batch_size=0)], ids=["other input", "no batches"])
+async def test_a_key_that_its_model_does_not_take_any_more_ends_what_it_has_and_is_gone(other: ModelInfo) -> None:
+    async with routing(make_settings([{}])) as router:
+        await router.learn(told())
+        flying, waiting = router.ask(1, 2, 3, 4), router.ask(5)
+        await settle()
+        assert "1 keys" in repr(router.plane)
+        await router.learn(other)
+        assert "0 keys" in repr(router.plane)
+        await answer_all(router.replica())
+        assert (flying.values, waiting.values) == ([2, 4, 6, 8], [10])
+
+
+async def test_a_key_stays_while_its_model_is_absent_or_not_ready() -> None:
+    async with routing(make_settings([{}])) as router:
+        await router.learn(told())
+        router.ask(1)
+        await settle()
+        for state in (ModelState.UNREADY, ModelState.ABSENT, ModelState.READY):
+            router.replica().reports["m"] = ModelReport(state, told())
+            await router.models.report("m")
+            assert "1 keys" in repr(router.plane)
+        await answer_all(router.replica())
+
+
+async def test_a_backend_that_refuses_a_batch_is_asked_about_its_model_at_once() -> None:
+    async with routing(make_settings([{}])) as router:
+        await router.learn(told())
+        caller = router.ask(1)
+        await settle()
+        router.replica().reports["m"] = ModelReport(ModelState.ABSENT)
+        router.replica().sent[0].fail(Refused("unknown model", NotFound, Blame.MODEL))
+        await asyncio.sleep(0.3)
+        assert isinstance(caller.error, NotFound)
+        with pytest.raises(NotFound):
+            router.models.find("m", "", "a")

@@ -11,7 +11,15 @@ from router.config import Settings
 from router.core.model_info import ModelInfo, ModelReport, ModelState, TensorInfo
 from router.core.pulse import Sign
 from router.core.types import BatchKey, Block
-from router.errors import DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted, RouterError, Unsupported
+from router.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    RouterError,
+    Unavailable,
+    Unsupported,
+)
 from router.models import Models, Unlearned
 from tests.builders import Listener
 from tests.unit.router.fakes import FakeBackend, pool_of
@@ -45,7 +53,8 @@ class Router:
         self.changes = 0
         self.models.on_change = self._changed
 
-    def _changed(self) -> None:
+    def _changed(self, model: tuple[str, str]) -> None:
+        assert model == ("m", "")
         self.changes += 1
 
     async def learn(self, name: str = "m", *, rows: int = 1, nbytes: int = 4, timeout_s: float = 10.0) -> None:
@@ -152,6 +161,8 @@ async def test_who_waits_hears_of_the_end() -> None:
         await router.models.aclose()
         with pytest.raises(RouterError, match="shut down"):
             await task
+        with pytest.raises(Unavailable):
+            await router.models.report("m")
 
 
 async def test_a_block_that_is_held_goes_on_or_leaves_or_expires() -> None:
@@ -168,6 +179,27 @@ async def test_a_block_that_is_held_goes_on_or_leaves_or_expires() -> None:
         backend.set_ready(is_ready=True)
         await settle()
         assert resumed == [blocks[2]]
+
+
+async def test_a_block_that_cannot_go_on_fails_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    backend = FakeBackend(is_ready=False)
+    resumed: list[Block] = []
+    key = BatchKey("m", "", "", ())
+    bad, good = Listener(), Listener()
+
+    def resume(block: Block) -> None:
+        if block.recipient is bad:
+            raise ZeroDivisionError
+        resumed.append(block)
+
+    async with routing(backend) as router:
+        for who in (bad, good):
+            router.models.hold(Block(key, 0, 0, 1, (bytes(4),), 4, 0.0, 60.0, who), resume)
+        backend.set_ready(is_ready=True)
+        await settle()
+        assert [block.recipient for block in resumed] == [good]
+        assert [str(error) for *_, error in bad.failures] == ["internal error"]
+    assert "this is a bug" in caplog.text
 
 
 async def test_an_absent_model_is_not_found_and_noticed_when_it_appears() -> None:
@@ -190,6 +222,7 @@ async def test_a_name_that_was_asked_for_once_and_is_absent_is_soon_forgotten() 
         await router.learn()
         await asyncio.sleep(11)
         assert repr(router.models) == "<Models []>"
+        assert router.changes == 0  # or whoever invents names would make everybody look theirs up again
 
 
 async def test_absent_models_make_room_for_others_and_ready_ones_do_not() -> None:
@@ -257,6 +290,22 @@ async def test_a_server_that_leaves_decides_itself_about_its_models() -> None:
         backend.sign = Sign.UNREADY
         await asyncio.sleep(6)
         assert router.models.find(*NAME).info == told()
+
+
+async def test_who_waits_for_a_pool_that_is_replaced_asks_the_new_one() -> None:
+    async with routing(FakeBackend(is_ready=False)) as router:
+        task = asyncio.create_task(router.learn())
+        await settle()
+        router.pools["fake"] = other = pool_of(FakeBackend())
+        other.start()
+        router.models.apply(router.settings)
+        await settle()
+        assert task.done()
+        assert repr(router.models) == "<Models []>"
+        await router.learn()
+        assert router.models.find(*NAME).info is None
+        await router.models.aclose()
+        await other.aclose()
 
 
 async def test_zero_asks_only_once() -> None:
@@ -374,6 +423,12 @@ async def test_a_report_asks_now() -> None:
 async def test_a_report_of_a_model_that_no_settings_match_asks_nobody() -> None:
     async with routing(match={"model_name": "other"}) as router:
         assert await router.models.report("m") == ModelReport(ABSENT)
+        assert router.replicas[0].described == []
+
+
+async def test_a_report_of_a_name_that_no_request_may_have_asks_nobody() -> None:
+    async with routing() as router:
+        assert await router.models.report("m" * 257) == ModelReport(ABSENT)
         assert router.replicas[0].described == []
 
 

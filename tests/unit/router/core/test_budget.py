@@ -3,7 +3,7 @@
 import pytest
 
 from router.core.budget import Budget
-from router.core.queue import KeyQueue
+from router.core.queue import Bounds, KeyQueue
 from router.core.turns import MAX_TENANTS
 from router.core.types import Block
 from router.errors import InvalidArgument, ResourceExhausted
@@ -11,7 +11,7 @@ from tests.builders import make_block
 
 
 def make_queue(budget: Budget, max_rows: int = 1000, max_bytes: int | None = None) -> KeyQueue:
-    return KeyQueue(max_batch_rows=4, max_rows=max_rows, row_bytes=4, max_bytes=max_bytes, budget=budget)
+    return KeyQueue(Bounds(4, max_rows, max_bytes=max_bytes), row_bytes=4, budget=budget)
 
 
 def of(tenant: str, *values: float) -> Block:

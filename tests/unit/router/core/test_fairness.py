@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import pytest
 
 from router.core.budget import Budget
-from router.core.queue import KeyQueue
+from router.core.queue import Bounds, KeyQueue
 from router.core.turns import MAX_TENANTS
 from router.core.types import Block, Part
 from router.core.variable_queue import VariableQueue
@@ -16,14 +16,8 @@ PATIENCE_S = 30.0
 
 
 def make_queue(max_batch_rows: int = 8, weights: Mapping[str, float] | None = None) -> KeyQueue:
-    return KeyQueue(
-        max_batch_rows=max_batch_rows,
-        max_rows=100_000,
-        row_bytes=4,
-        budget=Budget(1_000_000),
-        weights=weights or {},
-        patience_s=PATIENCE_S,
-    )
+    bounds = Bounds(max_batch_rows, 100_000, weights=weights or {}, patience_s=PATIENCE_S)
+    return KeyQueue(bounds, row_bytes=4, budget=Budget(1_000_000))
 
 
 def of(tenant: str, *values: float, at: float = 0.0, is_batch_class: bool = False) -> Block:
@@ -196,7 +190,7 @@ def test_rows_of_a_shared_lane_can_be_discarded_requeued_and_counted() -> None:
 
 
 def test_a_batch_that_is_full_of_bytes_is_followed_by_the_tenant_whose_text_did_not_fit() -> None:
-    queue = VariableQueue(max_batch_rows=4, max_batch_bytes=29, max_rows=100, budget=Budget(10_000))
+    queue = VariableQueue(Bounds(4, 100, 29), budget=Budget(10_000))
     for tenant, texts in (("a", ["a1", "a2", "a3"]), ("b", ["b" * 20, "b2"]), ("c", ["c1"])):
         block = make_texts(*texts)
         block.tenant = tenant
@@ -278,9 +272,7 @@ def test_where_one_row_is_a_batch_due_and_interactive_rows_take_turns() -> None:
 def test_due_texts_take_an_eighth_of_the_bytes_and_one_text_at_least(
     width: int, due_first: list[tuple[int, int]]
 ) -> None:
-    queue = VariableQueue(
-        max_batch_rows=64, max_batch_bytes=80, max_rows=1000, budget=Budget(100_000), patience_s=PATIENCE_S
-    )
+    queue = VariableQueue(Bounds(64, 1000, 80, patience_s=PATIENCE_S), budget=Budget(100_000))
     for is_batch_class in (True, False):
         for _ in range(100):
             block = make_texts("x" * width)

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from router.core.budget import Budget
-from router.core.queue import KeyQueue
+from router.core.queue import Bounds, KeyQueue
 from router.core.types import Block, Part
 from router.errors import InvalidArgument, ResourceExhausted
 from tests.builders import make_block, make_key, values_of
 
 
 def make_queue(max_batch_rows: int = 4, max_rows: int = 100, max_bytes: int = 10_000) -> KeyQueue:
-    return KeyQueue(max_batch_rows=max_batch_rows, max_rows=max_rows, row_bytes=4, budget=Budget(max_bytes))
+    return KeyQueue(Bounds(max_batch_rows, max_rows), row_bytes=4, budget=Budget(max_bytes))
 
 
 def test_a_batch_takes_the_oldest_rows_first() -> None:
@@ -67,7 +67,7 @@ def test_of_a_block_only_some_rows_may_be_kept_and_they_keep_their_place() -> No
 
 def test_of_a_block_that_is_cut_what_waits_is_kept_with_its_attempts() -> None:
     budget = Budget(10_000)
-    queue = KeyQueue(max_batch_rows=2, max_rows=100, row_bytes=4, budget=budget)
+    queue = KeyQueue(Bounds(2, 100), row_bytes=4, budget=budget)
     block = make_block(1, 2, 3, 4)
     queue.push(block)
     taken = queue.pop_batch(0.0)
@@ -208,7 +208,7 @@ def test_rows_that_could_never_wait_are_the_callers_fault() -> None:
 
 def test_the_bound_in_bytes_is_shared_by_all_queues_and_freed_by_whoever_leaves() -> None:
     budget = Budget(max_bytes=16)
-    one, two = (KeyQueue(max_batch_rows=4, max_rows=100, row_bytes=4, budget=budget) for _ in range(2))
+    one, two = (KeyQueue(Bounds(4, 100), row_bytes=4, budget=budget) for _ in range(2))
     waiting = make_block(1, 2, key=make_key(dim=1))
     one.push(waiting)
     two.push(make_block(3, 4))
@@ -260,7 +260,7 @@ class QueueAgainstModel(RuleBasedStateMachine):
     def start(self, max_batch_rows: int) -> None:
         self.max_batch_rows = max_batch_rows
         self.budget = Budget(4 * 60)
-        self.queue = KeyQueue(max_batch_rows=max_batch_rows, max_rows=40, row_bytes=4, budget=self.budget)
+        self.queue = KeyQueue(Bounds(max_batch_rows, 40), row_bytes=4, budget=self.budget)
         self.model: list[tuple[Block, int]] = []
         self.now = 0.0
 

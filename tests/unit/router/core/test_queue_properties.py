@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from router.core.budget import Budget
-from router.core.queue import KeyQueue
+from router.core.queue import Bounds, KeyQueue
 from router.core.types import Block, Part
 from router.errors import ResourceExhausted
 from tests.builders import make_block
@@ -37,14 +37,8 @@ class QueueAgainstRules(RuleBasedStateMachine):
     def start(self, max_batch_rows: int, weight: float) -> None:
         self.max_batch_rows = max_batch_rows
         self.budget = Budget(100_000, max_tenant_rows=MAX_TENANT_ROWS)
-        self.queue = KeyQueue(
-            max_batch_rows=max_batch_rows,
-            max_rows=MAX_ROWS,
-            row_bytes=4,
-            budget=self.budget,
-            weights={"a": weight},
-            patience_s=PATIENCE_S,
-        )
+        bounds = Bounds(max_batch_rows, MAX_ROWS, weights={"a": weight}, patience_s=PATIENCE_S)
+        self.queue = KeyQueue(bounds, row_bytes=4, budget=self.budget)
         self.lanes: dict[tuple[str, bool], list[Row]] = {(t, c): [] for t in TENANTS for c in (False, True)}
         self.apart: set[str] = set()
         self.now = 0.0
@@ -190,7 +184,7 @@ def test_tenants_that_never_run_out_are_served_by_their_weights_at_every_moment(
     """Two of them differ by a turn at most, in rows per weight, whatever the sizes of their blocks."""
     names = [f"t{number}" for number in range(len(weights))]
     by_name = dict(zip(names, weights, strict=True))
-    queue = KeyQueue(max_batch_rows=max_batch_rows, max_rows=10**6, row_bytes=4, budget=Budget(10**9), weights=by_name)
+    queue = KeyQueue(Bounds(max_batch_rows, 10**6, weights=by_name), row_bytes=4, budget=Budget(10**9))
     for number, name in enumerate(names):
         for _ in range(max_batch_rows * batches // sizes[number % len(sizes)] + 1):
             block = make_block(*range(sizes[number % len(sizes)]))
@@ -217,7 +211,7 @@ def test_separated_tenants_have_their_share_of_the_batches_however_small_those_a
 ) -> None:
     names = [f"t{number}" for number in range(len(weights))]
     by_name = dict(zip(names, weights, strict=True))
-    queue = KeyQueue(max_batch_rows=8, max_rows=10**6, row_bytes=4, budget=Budget(10**9), weights=by_name)
+    queue = KeyQueue(Bounds(8, 10**6, weights=by_name), row_bytes=4, budget=Budget(10**9))
     for name in names[1:]:
         queue.separate(name)
     waiting: Counter[str] = Counter()

@@ -9,7 +9,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from router.core.batch import merge
 from router.core.budget import Budget
-from router.core.queue import KeyQueue
+from router.core.queue import Bounds, KeyQueue
 from router.core.types import BatchKey, Part, TensorSpec
 from router.core.variable import VariableBlock
 from router.core.variable_queue import VariableQueue, make_queue
@@ -19,11 +19,11 @@ from tests.builders import TEXT_KEY, make_batch, make_key, make_texts, texts_of
 
 def make(max_batch_rows: int = 4, max_batch_bytes: int = 1000, max_bytes: int = 10_000) -> VariableQueue:
     budget = Budget(max_bytes)
-    return VariableQueue(max_batch_rows=max_batch_rows, max_batch_bytes=max_batch_bytes, max_rows=100, budget=budget)
+    return VariableQueue(Bounds(max_batch_rows, 100, max_batch_bytes), budget=budget)
 
 
 def test_a_key_gets_the_queue_that_fits_its_rows() -> None:
-    make_one = functools.partial(make_queue, max_batch_rows=64, max_batch_bytes=16, max_rows=100, budget=Budget(1000))
+    make_one = functools.partial(make_queue, bounds=Bounds(64, 100, 16), budget=Budget(1000))
     assert isinstance(make_one(TEXT_KEY), VariableQueue)
     assert type(make_one(make_key(dim=4))) is KeyQueue
 
