@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 DIRECTORY = HERE.parent.parent / "var" / "digits"
 CALLERS = 64
 TIMEOUT_S = 60.0
+OUTPUT = "predict"
 
 Images: TypeAlias = NDArray[np.float32]
 Digits: TypeAlias = NDArray[np.int64]
@@ -156,7 +157,9 @@ class _Rest:
 
     async def __call__(self, image: Images) -> int:
         tensor = {"name": "image", "datatype": "FP32", "shape": [1, len(image)], "data": image.tolist()}
-        response = await self._client.post("/v2/models/digits/infer", json={"inputs": [tensor]})
+        response = await self._client.post(
+            "/v2/models/digits/infer", json={"inputs": [tensor], "outputs": [{"name": OUTPUT}]}
+        )
         _check(response)
         return int(np.ravel(response.json()["outputs"][0]["data"])[0])
 
@@ -168,9 +171,11 @@ class _Grpc:
         self._stub = stub
 
     async def __call__(self, image: Images) -> int:
-        tensor = pb.ModelInferRequest.InferInputTensor(name="image", datatype="FP32", shape=[1, len(image)])
         request = pb.ModelInferRequest(
-            model_name="digits", inputs=[tensor], raw_input_contents=[image.astype("<f4").tobytes()]
+            model_name="digits",
+            inputs=[pb.ModelInferRequest.InferInputTensor(name="image", datatype="FP32", shape=[1, len(image)])],
+            outputs=[pb.ModelInferRequest.InferRequestedOutputTensor(name=OUTPUT)],
+            raw_input_contents=[image.astype("<f4").tobytes()],
         )
         try:
             response = await self._stub.ModelInfer(request, timeout=TIMEOUT_S)

@@ -64,7 +64,7 @@ class Front:
     async def ask(self, rows: Sequence[Sequence[float]], model: str = "gated") -> Answers:
         """The rows' answers; raises grpc.aio.AioRpcError."""
         values = np.array(rows, "<f4")
-        response = await self.stub.ModelInfer(infer_request(model, "x", values), timeout=PATIENCE_S)
+        response = await self.stub.ModelInfer(infer_request(model, "x", values, ["y"]), timeout=PATIENCE_S)
         (output,) = response.outputs
         answers: Answers = read(response).reshape(output.shape).tolist()
         return answers
