@@ -19,6 +19,9 @@ from router.errors import Malformed
 
 ROW_ERRORS = "row_errors"
 MODEL_TEXT_MAX = 1000
+# A traceback ends with what it is about: of a longer text so much of the end is kept, and of the beginning the rest.
+_MODEL_TEXT_END = 600
+_CUT = " ... "
 
 _FLOATS: dict[str, str] = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
 
@@ -101,8 +104,10 @@ def _is_named(pair: Any, numbers: set[str]) -> bool:  # noqa: ANN401 (whatever J
 
 
 def model_text(text: str) -> str:
-    """A model's own words for a caller, cut to 1,000 characters."""
-    return text if len(text) <= MODEL_TEXT_MAX else text[: MODEL_TEXT_MAX - 3] + "..."
+    """A model's own words for a caller, 1,000 characters; of more the middle is left out."""
+    if len(text) <= MODEL_TEXT_MAX:
+        return text
+    return text[: MODEL_TEXT_MAX - _MODEL_TEXT_END - len(_CUT)] + _CUT + text[-_MODEL_TEXT_END:]
 
 
 def _not_finite(outputs: Outputs, rows: int) -> dict[int, str]:

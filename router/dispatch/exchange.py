@@ -18,9 +18,8 @@ import grpc
 import grpc.aio
 
 from protos.open_inference import open_inference_pb2 as pb
-from router.core.answer import model_text
-from router.dispatch.wire import translate, translate_status
-from router.errors import BackendError, Malformed, Refused, StreamLost
+from router.dispatch.wire import translate, translate_message, translate_status
+from router.errors import BackendError, Malformed, StreamLost
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ class Stream:
             if answered in self._carried:
                 logger.warning("backend %s repeated its answer to batch %s; passed over", self._address, answered)
             elif message.error_message and answered in ("", request.id):
-                raise self._foreign() if message.error_message == request.model_name else _refused(message)
+                raise self._foreign() if message.error_message == request.model_name else self._refused(message)
             elif answered != request.id:
                 raise Malformed(f"{self._address} answered batch {answered!r} when asked for {request.id!r}")
             else:
@@ -157,6 +156,9 @@ class Stream:
         """MLServer has a form of its own, a bare ModelInferResponse, of which the model's name reads as an error, or
         the whole cannot be read (of which gRPC tells by None, and in the log)."""
         return Malformed(f"{self._address} answered with no ModelStreamInferResponse of Triton's; {USE_UNARY}")
+
+    def _refused(self, message: pb.ModelStreamInferResponse) -> BackendError:
+        return translate_message(_REQUEST_ID.sub("", message.error_message), self._address)
 
     async def _ended(self) -> BackendError:
         """The server closed the stream without an answer; OK is no answer either."""
@@ -170,10 +172,6 @@ class Stream:
         if code is grpc.StatusCode.UNIMPLEMENTED:
             details = f"{details}; {USE_UNARY}"
         return translate_status(code, details, self._address)
-
-
-def _refused(message: pb.ModelStreamInferResponse) -> Refused:
-    return Refused(model_text(_REQUEST_ID.sub("", message.error_message)))
 
 
 def _answered_id(message: pb.ModelStreamInferResponse) -> str:

@@ -43,6 +43,11 @@ _REFUSALS: dict[grpc.StatusCode, tuple[type[RouterError], Blame]] = {
     grpc.StatusCode.UNAUTHENTICATED: (ModelFailed, Blame.MODEL),
     grpc.StatusCode.PERMISSION_DENIED: (ModelFailed, Blame.MODEL),
 }
+# What Triton tells on a stream by these words alone, it tells on a call by a status as well.
+_WORDS = {
+    "Server is stopping": grpc.StatusCode.UNAVAILABLE,
+    "Request for unknown model": grpc.StatusCode.NOT_FOUND,
+}
 
 
 def to_request(batch: Batch) -> pb.ModelInferRequest:
@@ -156,3 +161,9 @@ def translate_status(code: grpc.StatusCode, details: str | None, address: str) -
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return BackendExhausted(f"{address}: {model_text(text)}")
     return Refused(model_text(text), *_REFUSALS.get(code, (ModelFailed, Blame.UNCLEAR)))
+
+
+def translate_message(text: str, address: str) -> BackendError:
+    """An error on a stream, without its request's id. It has no status: but for known words it is the model's."""
+    code = next((code for words, code in _WORDS.items() if text.startswith(words)), None)
+    return Refused(model_text(text)) if code is None else translate_status(code, text, address)

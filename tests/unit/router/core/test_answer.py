@@ -81,9 +81,10 @@ def test_no_named_rows_are_no_errors() -> None:
     assert read(batch_of(3), (output(1, 2, 3),), "{}").row_errors is None
 
 
-def test_messages_are_cut() -> None:
-    (message,) = read_row_errors(json.dumps({"0": "x" * (MODEL_TEXT_MAX + 1)}), 1).values()
+def test_messages_are_cut_in_the_middle_since_tracebacks_say_at_their_end_what_it_is() -> None:
+    (message,) = read_row_errors(json.dumps({"0": "begins" + "x" * (MODEL_TEXT_MAX - 9) + "ends"}), 1).values()
     assert len(message) == MODEL_TEXT_MAX
+    assert (message[:6], " ... " in message, message[-4:]) == ("begins", True, "ends")
     assert read_row_errors(json.dumps({"0": "x" * MODEL_TEXT_MAX}), 1) == {0: "x" * MODEL_TEXT_MAX}
 
 

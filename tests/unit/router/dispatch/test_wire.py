@@ -10,7 +10,7 @@ from router.core.contents import MAX_TYPED, MAX_TYPED_TEXTS
 from router.core.elements import scan
 from router.core.types import Batch, BatchKey, TensorSpec
 from router.core.variable import VariableBlock
-from router.dispatch.wire import to_answer, to_outputs, to_request, translate_status
+from router.dispatch.wire import to_answer, to_outputs, to_request, translate_message, translate_status
 from router.errors import BackendError, BackendExhausted, Blame, Malformed, Refused, StreamLost
 from tests.builders import Listener, decode_texts, encode_texts, make_batch, make_block, make_key
 
@@ -180,3 +180,20 @@ def test_a_status_tells_what_to_do_with_the_batch(
     assert type(error) is kind
     assert (error.blame if isinstance(error, Refused) else None) is blame
     assert details or code in error.message
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "blame"),
+    [
+        ("Server is stopping, scheduler for model has stopped accepting new inference requests", StreamLost, None),
+        ("Request for unknown model: 'm' has no available versions", Refused, Blame.MODEL),
+        ("my model says: Server is stopping", Refused, Blame.UNCLEAR),
+    ],
+)
+def test_on_a_stream_triton_s_words_are_taken_for_the_status_of_a_call(
+    text: str, kind: type[BackendError], blame: Blame | None
+) -> None:
+    error = translate_message(text, "r:1")
+    assert type(error) is kind
+    assert (error.blame if isinstance(error, Refused) else None) is blame
+    assert text in error.message
