@@ -131,14 +131,13 @@ class ModelWatch:
         try:
             report = remember(self.report, await self.pool.describe(self.model))
             must_wait = report.state is ModelState.UNREADY and (report.info is None or await self.pool.is_ready())
+            self.is_answered = True
+            self._told(report, must_wait=must_wait)
         except StreamLost:
             self.is_answered = False
         except Exception:
             self.is_answered = False
             logger.exception("a question about model %r failed inside the router; this is a bug", self.model[0])
-        else:
-            self.is_answered = True
-            self._told(report, must_wait=must_wait)
 
     def _told(self, report: ModelReport, *, must_wait: bool) -> None:
         before, was_waiting = self.report, self.must_wait

@@ -5,12 +5,15 @@ as is decided when they leave, so their key has a model and no inputs yet.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import TypeAlias
 
 from router.core.budget import Budget, exceeded
 from router.core.types import Block
-from router.errors import ResourceExhausted, RouterError
+from router.errors import InternalError, ResourceExhausted, RouterError
+
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1.0
 
@@ -55,7 +58,7 @@ class WaitingRoom:
         for block in list(self._held):
             resume = self._leave(block)
             if resume:  # none: what became of another one has closed its call
-                resume(block)
+                _go_on(block, resume)
 
     def fail(self, error: RouterError) -> None:
         """Answer all."""
@@ -79,3 +82,13 @@ class WaitingRoom:
     def _expire(self, block: Block) -> None:
         self._leave(block)
         block.recipient.expire()
+
+
+def _go_on(block: Block, resume: Resume) -> None:
+    """One block must not take the others with it."""
+    try:
+        resume(block)
+    except Exception:
+        logger.exception("a block of model %r could not go on; this is a bug", block.key.model_name)
+        if not block.recipient.is_closed:
+            block.recipient.fail(block.whole(), InternalError())

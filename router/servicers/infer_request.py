@@ -114,7 +114,7 @@ class InferRequest:
         except RouterError as error:
             self._end(error)
         except Exception:
-            logger.exception("a request for %r failed inside the router; this is a bug", self._message.rest.model_name)
+            logger.exception("request %r failed inside the router; this is a bug", self.id)
             self._end(InternalError())
 
     def cancel(self) -> None:
@@ -135,6 +135,7 @@ class InferRequest:
             self._wait_for(unlearned.model, arrival)
             return
         self._rows, head = rows, rows.head
+        self._message.let_go()
         terms = self._terms(arrival, head.timeout_s, is_batch_class=head.is_batch_class)
         if terms.timeout_s <= 0:
             raise DeadlineExceeded("the deadline had passed when the request arrived")

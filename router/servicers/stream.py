@@ -443,9 +443,6 @@ class _StreamReply:
             call.fail_rows(index, 0, block.rows, error)
         except Unlearned:
             self._wait(around, call, index, block, terms)
-        except Exception:
-            logger.exception("call %d (request id %s) failed inside the router", self.call_id, self._request_id)
-            self.abort(InternalError())
 
     def _good_blocks(
         self,

@@ -21,6 +21,9 @@ from router.servicers.heads import MAX_THINGS, Head, Heads, Target, too_wide
 MAX_ELEMENTS = 131_072
 
 
+_NOTHING = pb.ModelInferRequest()
+
+
 class Message:
     """A request off the wire, taken apart: its id, its raw contents, and the rest of it."""
 
@@ -34,6 +37,10 @@ class Message:
         self.rest = message
         message.ClearField("id")
         message.ClearField("raw_input_contents")
+
+    def let_go(self) -> None:
+        """All but the id is read: a request that waits would keep typed contents beside the rows made of them."""
+        self.raw, self.rest = (), _NOTHING
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NoReturn, cast
@@ -44,7 +45,7 @@ class Client:
         return self._rpc_s
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        return ()
+        return (("x-tenant", "gold"),)
 
     async def read(self) -> pb.ModelInferRequest | Unreadable | None:
         return await self._sent.get()
@@ -121,11 +122,14 @@ class LateModels(Models):
 class Session:
     """What a test needs of a stream that runs."""
 
-    def __init__(self, rpc_s: float | None, learn_s: float | None, **limits: int) -> None:
+    def __init__(
+        self, rpc_s: float | None, learn_s: float | None, *, trust_tenant: bool = False, **limits: int
+    ) -> None:
         settings = Settings(
             backends={"mock": {"addresses": ["fake:1"]}},  # type: ignore[dict-item]
             models=[{"backend": "mock", "max_batch_size": 64, "max_queue_delay_s": 0}],  # type: ignore[list-item]
             log_requests="off",
+            trust_tenant=trust_tenant,
             limits=limits,  # type: ignore[arg-type]
         )
         self.metrics = Metrics()
@@ -148,9 +152,11 @@ class Session:
 
 
 @asynccontextmanager
-async def running(*, rpc_s: float | None = None, learn_s: float | None = None, **limits: int) -> AsyncIterator[Session]:
+async def running(
+    *, rpc_s: float | None = None, learn_s: float | None = None, trust_tenant: bool = False, **limits: int
+) -> AsyncIterator[Session]:
     """A stream that is over, with nothing open, at the end of the block."""
-    session = Session(rpc_s, learn_s, **limits)
+    session = Session(rpc_s, learn_s, trust_tenant=trust_tenant, **limits)
     task = asyncio.create_task(session.stream.run(), name="stream")
     yield session
     session.client.hang_up()
@@ -187,6 +193,35 @@ async def test_the_streams_deadline_is_every_requests_and_counts_from_its_beginn
         assert one.client.errors == []
         await seconds(0.02)
         assert one.client.errors == ["[request id: x] no answer within 0.98 s"]
+
+
+@pytest.mark.parametrize(("is_trusted", "tenant"), [(True, "gold"), (False, "default")])
+async def test_requests_are_their_streams_tenants_and_have_a_class_each(is_trusted: bool, tenant: str) -> None:
+    async with running(trust_tenant=is_trusted) as one:
+        low = request("low", 1)
+        low.parameters["priority"].uint64_param = 2
+        one.client.send(low)
+        await seconds(1)
+        one.client.send(request("high", 1))
+        await seconds(1)
+        blocks = [part.block for sent in one.backend.sent for part in sent.batch.parts]
+        assert [(block.tenant, block.is_batch_class) for block in blocks] == [(tenant, True), (tenant, False)]
+
+
+async def test_typed_contents_are_not_kept_beside_the_rows_made_of_them() -> None:
+    async with running() as one:
+        one.backend.service_s = None
+        message = pb.ModelInferRequest(model_name="m", id="x")
+        contents = pb.InferTensorContents(fp32_contents=[1.0])
+        message.inputs.add(name="vector", datatype="FP32", shape=[1, 1], contents=contents)
+        own = sys.getrefcount(message)
+        one.client.send(message, request("y", 2))  # a stream knows the message that it read last
+        await seconds(1)
+        assert sys.getrefcount(message) == own
+        for sent in one.backend.sent:
+            sent.answer()
+        await seconds(1)
+        assert sorted(one.client.told) == [("x", 2.0), ("y", 4.0)]
 
 
 async def test_an_answer_that_is_ready_first_is_written_first() -> None:

@@ -181,6 +181,27 @@ async def test_a_block_that_is_held_goes_on_or_leaves_or_expires() -> None:
         assert resumed == [blocks[2]]
 
 
+async def test_a_block_that_cannot_go_on_fails_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    backend = FakeBackend(is_ready=False)
+    resumed: list[Block] = []
+    key = BatchKey("m", "", "", ())
+    bad, good = Listener(), Listener()
+
+    def resume(block: Block) -> None:
+        if block.recipient is bad:
+            raise ZeroDivisionError
+        resumed.append(block)
+
+    async with routing(backend) as router:
+        for who in (bad, good):
+            router.models.hold(Block(key, 0, 0, 1, (bytes(4),), 4, 0.0, 60.0, who), resume)
+        backend.set_ready(is_ready=True)
+        await settle()
+        assert [block.recipient for block in resumed] == [good]
+        assert [str(error) for *_, error in bad.failures] == ["internal error"]
+    assert "this is a bug" in caplog.text
+
+
 async def test_an_absent_model_is_not_found_and_noticed_when_it_appears() -> None:
     backend = FakeBackend()
     backend.reports["m"] = ModelReport(ABSENT)
