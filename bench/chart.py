@@ -11,7 +11,7 @@ from bench.results import GroupResult, Result
 from bench.workloads import WORKLOADS
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = {"echo": "#999999", "unary": "#0072B2", "stream": "#009E73", "rest": "#D55E00"}
+COLOURS = {"echo": "#999999", "unary": "#0072B2", "infer": "#CC79A7", "stream": "#009E73", "rest": "#D55E00"}
 
 PANEL_WIDTH = 560
 PANEL_HEIGHT = 250

@@ -13,6 +13,7 @@ from bench.workloads import CLAIM, CLAIM_FINISH, HELD, JOBS_PER_CLAIM, PAGE, S1,
 CALLERS = (1, 16, 64, 256)
 ALL_SYSTEMS = ("echo", "unary", "stream", "rest")
 ALL_GROUPS = ("zero", "lone", "slot", "full", "held", "jobs")
+INFER_CALLERS = 64  # by the Open Inference Protocol
 LONE_PAUSE_S = 0.01
 SLOT_CALLERS = 64
 FULL_CALLERS = 512
@@ -161,6 +162,8 @@ def _zero(extent: Extent) -> Group:
         for callers in extent.callers
         for system in ALL_SYSTEMS
     ]
+    callers = min(INFER_CALLERS, max(extent.callers))
+    cases.append(Case("infer", S1.name, callers, load_processes_of("infer", callers, extent)))
     title = "Zero-time model, closed loop"
     return Group("zero", title, Setting(), cases, extent.rounds, extent.warm_s, extent.seconds)
 

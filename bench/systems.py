@@ -2,6 +2,7 @@
 
     echo      bare grpc.aio server
     unary     mock ◄─ router
+    infer     mock ◄─ router, asked by the Open Inference Protocol
     stream    mock ◄─ router
     rest      mock ◄─ router ◄─ gateway
     sqlite, postgresql                the same, for jobs that are kept there
@@ -32,11 +33,13 @@ OWN_SETTINGS = ("ROUTER_", "GATEWAY_", "MOCK_", "DATABASE_URL")
 ANY_PORT = "127.0.0.1:0"
 METRICS_TIMEOUT_S = 10.0
 SETTLE_TIMEOUT_S = 60.0
+S1_MODEL = "model-0"  # what workload S1 asks
 FILL_TIMEOUT_S = 300.0  # of bench.job_rows.CHUNK rows
 
 WAYS = {
     "echo": "unary",
     "unary": "unary",
+    "infer": "infer",
     "stream": "stream",
     "rest": "rest",
     "sqlite": "submit",
@@ -114,7 +117,8 @@ class Launcher:
         metrics_url = (await router.wait_for(r"metrics on (\S+)"))[1]
         address = await address_of(router)
         if WAYS[name] not in ("rest", "submit"):
-            return System(WAYS[name], address, router, mocks=mocks, metrics_url=metrics_url)
+            model_name = S1_MODEL if name == "infer" else ""
+            return System(WAYS[name], address, router, mocks=mocks, metrics_url=metrics_url, model_name=model_name)
         database = {"DATABASE_URL": await self._new_database(name)} if WAYS[name] == "submit" else {}
         gateway = await self.start(
             f"gateway of {name}", "rest_gateway", GATEWAY_LISTEN=ANY_PORT, GATEWAY_ROUTER=address, **database

@@ -64,7 +64,7 @@ def test_every_case_is_measured_printed_and_written_and_nothing_stays(tmp_path: 
     with bench(tmp_path, "--groups", "zero,lone,slot,full,held") as run:
         printed, progress = run.communicate(timeout=100)
     assert run.returncode == 0, progress
-    assert "left: zero: starting echo, unary, stream, rest" in progress
+    assert "left: zero: starting echo, unary, stream, rest, infer" in progress
     for title in ("one vector per request", "16 agents over 4 models", "The lone request", "50 ms slot", "Held open"):
         assert title in printed
 
@@ -80,6 +80,7 @@ def test_every_case_is_measured_printed_and_written_and_nothing_stays(tmp_path: 
     }
     assert set(cases) == {
         *(("zero", system, workload, 1) for system in SYSTEMS for workload in ("S1", "S2")),
+        ("zero", "infer", "S1", 1),
         *(("lone", system, "S1", 1) for system in SYSTEMS),
         *(("slot", system, "S1", 64) for system in ("unary", "stream")),
         ("full", "stream", "S1", 512),
