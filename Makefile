@@ -40,7 +40,7 @@ run: $(VENV) ## start mock, router and gateway; Ctrl-C drains and stops them
 # Compiled once, as in venv.sh: hundreds of processes are started.
 test: $(VENV) ## run all tests, three files at a time; PYTEST_ARGS="-k batch -x" for some, TEST_WORKERS=0 for one by one
 	@$(BIN)/python -m compileall -q protos router router_client rest_gateway mock_nn
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 interop: $(VENV) ## test with other people's clients and servers, and list the cases; PYTEST_ARGS as for test
 	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --interop-cases $(PYTEST_ARGS) tests/interop

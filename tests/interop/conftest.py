@@ -1,12 +1,14 @@
 """Clients and servers of others. Each module says in SYSTEM which, and the end of the run lists them."""
 
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 
 from tests.interop.asking import Ask, asking
 from tests.interop.report import PROPERTY, name_of
 from tests.interop.stack import Stack, serving
+from tests.lasting_loop import LASTING_LOOP
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,12 +19,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="package")
-def anyio_backend() -> str:
-    return "asyncio"
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return LASTING_LOOP
 
 
 @pytest.fixture(scope="package", autouse=True)
-async def _one_loop(anyio_backend: str) -> AsyncIterator[None]:
+async def _one_loop(anyio_backend: tuple[str, dict[str, Any]]) -> AsyncIterator[None]:
     """AnyIO keeps the loop for as long as an async fixture of this scope lives; gRPC wants one loop per process."""
     yield  # noqa: PT022 -- a fixture that returns would not keep it
 

@@ -26,7 +26,7 @@ def postgres() -> Iterator[Postgres]:
 
 
 @pytest.fixture(scope="package")
-async def migrated_url(anyio_backend: str, postgres: Postgres) -> str:
+async def migrated_url(anyio_backend: object, postgres: Postgres) -> str:
     """A database with the tables."""
     url = postgres.create_database("jobs")
     async with opened(url) as store:
