@@ -45,7 +45,8 @@ def most_rows(info: ModelInfo | None, max_batch_size: int, *, is_batched: bool) 
     """Rows of the largest call: as the settings say, but no more than Triton takes."""
     if not is_batched:
         return 1
-    return min(max_batch_size, (info and info.max_batch_size) or max_batch_size)
+    told = info.max_batch_size if info else None
+    return min(max_batch_size, told) if told and told > 0 else max_batch_size
 
 
 def why_unsupported(info: ModelInfo | None, *, is_batched: bool) -> str | None:

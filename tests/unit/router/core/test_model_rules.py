@@ -53,6 +53,7 @@ def test_whether_rows_share_calls(batching: rules.Batching, info: ModelInfo | No
         (told(max_batch_size=8), True, 8),
         (told(max_batch_size=128), True, 64),
         (told(max_batch_size=0), True, 64),
+        (told(max_batch_size=-1), True, 64),
     ],
 )
 def test_a_call_has_as_many_rows_as_settings_and_backend_allow(
