@@ -236,6 +236,17 @@ def remember(before: ModelReport | None, now: ModelReport) -> ModelReport:
     if now.info is None:
         return replace(now, info=before.info)
     if now.info.max_batch_size is None and before.info.max_batch_size is not None:
-        of_config = {name: getattr(before.info, name) for name in ("max_batch_size", "is_decoupled", "is_sequence")}
-        return replace(now, info=replace(now.info, **of_config))
+        return replace(now, info=_with_config(now.info, before.info))
     return now
+
+
+def _with_config(info: ModelInfo, before: ModelInfo) -> ModelInfo:
+    """What only Triton's configuration tells, as it was before."""
+    optional = {tensor.name for tensor in before.inputs if tensor.is_optional}
+    return replace(
+        info,
+        inputs=tuple(replace(tensor, is_optional=tensor.name in optional) for tensor in info.inputs),
+        max_batch_size=before.max_batch_size,
+        is_decoupled=before.is_decoupled,
+        is_sequence=before.is_sequence,
+    )
