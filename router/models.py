@@ -5,6 +5,7 @@ Backends are asked once about a model, when its first row comes, and then again 
 """
 
 import asyncio
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -100,9 +101,10 @@ class Models:
         self.budget = Budget(settings.limits.max_queued_bytes)
         # Told of a model, by name and version, of which `find` may answer otherwise than before.
         self.on_change: Callable[[tuple[str, str]], None] = lambda _: None
-        # State: by backend, model name and version, what is known or being asked; watches that end; whether nobody is
-        # asked any more.
+        # State: by backend, model name and version, what is known or being asked; rooms whose blocks are about to go
+        # elsewhere; watches that end; whether nobody is asked any more.
         self._watches: dict[tuple[str, str, str], ModelWatch] = {}
+        self._leaving: set[WaitingRoom] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -242,17 +244,36 @@ class Models:
 
     def recount(self) -> None:
         """Tell the budget what waits, after its bounds have changed."""
-        for watch in self._watches.values():
-            watch.room.recount()
+        for room in {watch.room for watch in self._watches.values()} | self._leaving:
+            room.recount()
 
     def apply(self, settings: Settings) -> None:
-        """Go on by other settings; `pools` has them already. What waits for a pool that is gone goes on elsewhere."""
+        """Go on by other settings; `pools` has them already. What waits for a pool that is gone goes on elsewhere.
+
+        So does what waits where its model is not any more; both once all others know the settings.
+        """
         self._settings = settings
         for watch in list(self._watches.values()):
             watch.room.max_rows = settings.limits.max_queued_rows
             if self._pools.get(watch.backend) is not watch.pool:
                 self._drop(watch)
-                asyncio.get_running_loop().call_soon(watch.room.release)
+            if watch.room.rows:
+                self._leaving.add(watch.room)
+                asyncio.get_running_loop().call_soon(self._move, watch)
+
+    def _move(self, watch: ModelWatch) -> None:
+        """Let those go on that belong to another watch now."""
+        self._leaving.discard(watch.room)
+        if self._watches.get((watch.backend, *watch.model)) is not watch:
+            watch.room.release()
+            return
+        routes = functools.cache(functools.partial(self._settings.route, watch.model[0]))
+
+        def has_moved(block: Block) -> bool:
+            settings = routes(block.key.agent_type)
+            return settings is None or settings.backend != watch.backend
+
+        watch.room.release(has_moved)
 
     async def aclose(self) -> None:
         """Ask no more; who waits is told."""

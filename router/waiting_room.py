@@ -53,9 +53,9 @@ class WaitingRoom:
         """Nobody waits for a block any more; one that is not here is none of ours."""
         self._leave(block)
 
-    def release(self) -> None:
-        """Let all go on, in the order in which they came."""
-        for block in list(self._held):
+    def release(self, may_go: Callable[[Block], bool] = lambda _: True) -> None:
+        """Let all go on that may, in the order in which they came."""
+        for block in [block for block in self._held if may_go(block)]:
             resume = self._leave(block)
             if resume:  # none: what became of another one has closed its call
                 _go_on(block, resume)
