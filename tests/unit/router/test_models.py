@@ -292,6 +292,21 @@ async def test_a_server_that_leaves_decides_itself_about_its_models() -> None:
         assert router.models.find(*NAME).info == told()
 
 
+async def test_a_frozen_server_keeps_nobody_from_asking_again() -> None:
+    """Whether a server is ready as a whole has no time bound of its own."""
+    one, frozen = FakeBackend("fake:1"), FakeBackend("fake:2")
+    one.reports["m"] = frozen.reports["m"] = ModelReport(UNREADY, told())
+    one.sign, frozen.is_frozen = Sign.UNREADY, True
+    async with routing(one, frozen) as router:
+        early = asyncio.create_task(router.learn(timeout_s=60))
+        await asyncio.sleep(1)
+        one.reports["m"], one.sign = ModelReport(READY, told()), Sign.READY
+        await asyncio.sleep(5)
+        assert early.done()
+        await router.learn(timeout_s=6)
+        assert router.models.find(*NAME).info == told()
+
+
 async def test_who_waits_for_a_pool_that_is_replaced_asks_the_new_one() -> None:
     async with routing(FakeBackend(is_ready=False)) as router:
         task = asyncio.create_task(router.learn())
