@@ -316,7 +316,7 @@ class Models:
         most = self._settings.limits.max_keys
         if len(self._watches) >= most:
             for watch in list(self._watches.values()):
-                if watch.is_absent:
+                if watch.is_absent and not _is_needed(watch):
                     self._drop(watch)
         if len(self._watches) >= most:
             message = f"{most} models are in use, no more may be"
@@ -331,10 +331,11 @@ class Models:
 
     def _is_idle(self, watch: ModelWatch) -> bool:
         """A model that is not there is remembered for one interval only: names cost nothing to invent."""
+        if _is_needed(watch):
+            return False
         if watch.is_absent:
-            return watch.used_at < watch.asked_at and not watch.room.rows
-        idle_at = watch.used_at + self._settings.limits.key_idle_s
-        return idle_at <= asyncio.get_running_loop().time() and not watch.room.rows and not watch.pool.uses(watch.model)
+            return watch.used_at < watch.asked_at
+        return watch.used_at + self._settings.limits.key_idle_s <= asyncio.get_running_loop().time()
 
     def _forget(self, watch: ModelWatch) -> None:
         self._drop(watch)
@@ -383,6 +384,11 @@ class _Waiter:
         """See Recipient."""
         if not self.future.done():
             self.future.set_exception(DeadlineExceeded(f"no answer within {self._timeout_s:.3g} s"))
+
+
+def _is_needed(watch: ModelWatch) -> bool:
+    """Whether rows wait for what it will tell, or a key lives by what it has told and must hear of other things."""
+    return watch.room.rows > 0 or watch.pool.uses(watch.model)
 
 
 def _to_entry(model: tuple[str, str], report: ModelReport) -> IndexEntry:

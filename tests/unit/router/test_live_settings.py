@@ -626,6 +626,21 @@ async def test_a_key_stays_while_its_model_is_absent_or_not_ready() -> None:
         await answer_all(router.replica())
 
 
+async def test_a_key_hears_of_a_model_that_was_absent_for_long_and_is_back() -> None:
+    async with routing(make_settings([{"max_batch_size": 4}])) as router:
+        await router.learn(told(max_batch_size=2))
+        callers = [router.ask(1)]
+        await settle()
+        router.replica().reports["m"] = ModelReport(ModelState.ABSENT)
+        await asyncio.sleep(30)
+        router.replica().reports["m"] = ModelReport(ModelState.READY, told(max_batch_size=2))
+        await asyncio.sleep(10)
+        callers += [router.ask(value) for value in (2, 3, 4)]
+        await answer_all(router.replica())
+        assert sent(router.replica()) == [[1], [2, 3], [4]]
+        assert [caller.values for caller in callers] == [[2], [4], [6], [8]]
+
+
 async def test_a_backend_that_refuses_a_batch_is_asked_about_its_model_at_once() -> None:
     async with routing(make_settings([{}])) as router:
         await router.learn(told())
