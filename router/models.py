@@ -6,6 +6,9 @@ Backends are asked once about a model, when its first row comes, and then again 
 
 import asyncio
 import functools
+import itertools
+import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +27,7 @@ from router.errors import (
     Unavailable,
     Unsupported,
 )
-from router.model_watch import ModelWatch
+from router.model_watch import RETRY_S, ModelWatch, QuestionQueue
 from router.waiting_room import Resume, WaitingRoom
 
 # A question of an operator is not waited for any longer.
@@ -33,8 +36,12 @@ RETRY_AFTER_S = 1.0
 KEYS_RETRY_AFTER_S = 60.0
 # How long a model is remembered as absent where models are asked about only once.
 ABSENT_S = 5.0
-# The least time from one question about a model to the next one about any.
+# The least time from one question about a model to the next one about any; where rows wait for the answer.
 QUESTION_S = 0.02
+WAITING_QUESTION_S = 0.005
+# How many models that are of no use leave at once for others, and how often it is looked for them.
+LEAVING_MODELS = 64
+LOOK_FOR_ROOM_S = 0.1
 NO_POOLS: Mapping[str, ReplicaPool] = {}
 
 
@@ -102,9 +109,12 @@ class Models:
         # Told of a model, by name and version, of which `find` may answer otherwise than before.
         self.on_change: Callable[[tuple[str, str]], None] = lambda _: None
         # State: by backend, model name and version, what is known or being asked; rooms whose blocks are about to go
-        # elsewhere; watches that end; whether nobody is asked any more.
+        # elsewhere; where questions about models that nobody knows wait, by pool; when it is looked again whether some
+        # models are of no use; watches that end; whether nobody is asked any more.
         self._watches: dict[tuple[str, str, str], ModelWatch] = {}
         self._leaving: set[WaitingRoom] = set()
+        self._queues: weakref.WeakKeyDictionary[ReplicaPool, QuestionQueue] = weakref.WeakKeyDictionary()
+        self._look_for_room_at = -math.inf
         self._closing: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -303,7 +313,9 @@ class Models:
                 self._pools[backend],
                 model,
                 WaitingRoom(self.budget, self._settings.limits.max_queued_rows),
+                queue=self._queues.setdefault(self._pools[backend], QuestionQueue()),
                 interval_s=self._interval_s,
+                retry_s=self._retry_s,
                 is_idle=self._is_idle,
                 on_change=self._changed,
                 on_idle=self._forget,
@@ -312,12 +324,15 @@ class Models:
         return watch
 
     def _make_room(self) -> None:
-        """Models that are not there go first. Raises ResourceExhausted when all are."""
-        most = self._settings.limits.max_keys
-        if len(self._watches) >= most:
-            for watch in list(self._watches.values()):
-                if watch.is_absent and not _is_needed(watch):
-                    self._drop(watch)
+        """Models of no use go first, the oldest before the others. Raises ResourceExhausted when there are none."""
+        most, now = self._settings.limits.max_keys, asyncio.get_running_loop().time()
+        if len(self._watches) >= most and self._look_for_room_at <= now:
+            useless = (watch for watch in self._watches.values() if _is_useless(watch))
+            leaving = list(itertools.islice(useless, LEAVING_MODELS))
+            for watch in leaving:
+                self._drop(watch)
+            if not leaving:  # whoever invents names would have all models looked at for each
+                self._look_for_room_at = now + LOOK_FOR_ROOM_S
         if len(self._watches) >= most:
             message = f"{most} models are in use, no more may be"
             raise ResourceExhausted(message, reason="keys", retry_after_s=KEYS_RETRY_AFTER_S)
@@ -329,17 +344,24 @@ class Models:
             return ABSENT_S if watch.is_absent else 0.0
         return max(interval_s, len(self._watches) * QUESTION_S)
 
+    def _retry_s(self) -> float:
+        return max(RETRY_S, len(self._watches) * WAITING_QUESTION_S)
+
     def _is_idle(self, watch: ModelWatch) -> bool:
-        """A model that is not there is remembered for one interval only: names cost nothing to invent."""
+        """A model that is not there is remembered for one interval only: names cost nothing to invent.
+
+        One of which nobody has told is not remembered once nobody waits for that.
+        """
         if _is_needed(watch):
             return False
         if watch.is_absent:
             return watch.used_at < watch.asked_at
-        return watch.used_at + self._settings.limits.key_idle_s <= asyncio.get_running_loop().time()
+        idle_s = self._settings.limits.key_idle_s if watch.report else ABSENT_S
+        return watch.used_at + idle_s <= asyncio.get_running_loop().time()
 
     def _forget(self, watch: ModelWatch) -> None:
         self._drop(watch)
-        if not watch.is_absent:  # of which nobody remembers anything
+        if watch.report and not watch.is_absent:  # of others nobody remembers anything
             self._changed(watch)
 
     def _changed(self, watch: ModelWatch) -> None:
@@ -389,6 +411,11 @@ class _Waiter:
 def _is_needed(watch: ModelWatch) -> bool:
     """Whether rows wait for what it will tell, or a key lives by what it has told and must hear of other things."""
     return watch.room.rows > 0 or watch.pool.uses(watch.model)
+
+
+def _is_useless(watch: ModelWatch) -> bool:
+    """Whether it is not known to be there, and nobody misses it."""
+    return (watch.report is None or watch.is_absent) and not _is_needed(watch)
 
 
 def _to_entry(model: tuple[str, str], report: ModelReport) -> IndexEntry:

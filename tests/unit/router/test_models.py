@@ -17,6 +17,7 @@ from router.errors import (
     NotFound,
     ResourceExhausted,
     RouterError,
+    StreamLost,
     Unavailable,
     Unsupported,
 )
@@ -233,6 +234,84 @@ async def test_absent_models_make_room_for_others_and_ready_ones_do_not() -> Non
             await router.learn(name)
         with pytest.raises(ResourceExhausted, match="2 models are in use"):
             await router.learn("d")
+
+
+# -- names that callers invent ----------------------------------------------------------------------------------------
+
+
+class Slow(FakeBackend):
+    """Takes `answer_s` for each answer; `most`: so many questions were out at a time."""
+
+    answer_s, out, most = 0.1, 0, 0
+
+    async def describe(self, model: tuple[str, str]) -> ModelReport:
+        self.out += 1
+        self.most = max(self.most, self.out)
+        await asyncio.sleep(self.answer_s)
+        self.out -= 1
+        return await super().describe(model)
+
+
+class Failing(FakeBackend):
+    """Is there, and has no answer."""
+
+    async def describe(self, model: tuple[str, str]) -> ModelReport:
+        self.described.append(model)
+        raise StreamLost("no answer")
+
+
+async def test_a_few_questions_about_unknown_models_are_out_at_a_time_and_known_ones_are_asked_about_at_once() -> None:
+    backend = Slow()
+    backend.reports["m"] = ModelReport(READY, told())
+    async with routing(backend) as router:
+        await router.learn()
+        tasks = [asyncio.create_task(router.learn(f"m{n}")) for n in range(320)]
+        await asyncio.sleep(0.05)
+        assert backend.out == 32
+        backend.reports["m"] = ModelReport(READY, told("FP64"))
+        assert await router.models.report("m") == backend.reports["m"]
+        await asyncio.gather(*tasks)
+        assert backend.most == 33
+        assert asyncio.get_running_loop().time() == pytest.approx(1.1)
+
+
+async def test_questions_that_hang_give_way_to_others() -> None:
+    backend = Slow()
+    backend.answer_s = 30.0
+    async with routing(backend) as router:
+        tasks = [asyncio.create_task(router.learn(f"m{n}", timeout_s=9)) for n in range(96)]
+        for seconds, out in ((0.9, 32), (1.1, 64), (2.1, 96)):
+            await asyncio.sleep(seconds - asyncio.get_running_loop().time())
+            assert backend.out == out
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("is_silent", [False, True])
+async def test_a_name_of_which_nobody_tells_and_for_which_nobody_waits_leaves_its_place(is_silent: bool) -> None:
+    backend = Slow() if is_silent else FakeBackend(is_ready=False)
+    if isinstance(backend, Slow):
+        backend.answer_s = 1000.0
+    async with routing(backend, limits={"max_keys": 2}) as router:
+        for name in ("a", "b"):
+            with pytest.raises(DeadlineExceeded):
+                await router.learn(name, timeout_s=1)
+        with pytest.raises(DeadlineExceeded):
+            await router.learn("c", timeout_s=1)
+        if not is_silent:
+            await asyncio.sleep(7)
+            assert repr(router.models) == "<Models []>"
+            assert router.changes == 0
+
+
+async def test_many_names_of_which_nobody_tells_are_asked_about_less_often_than_a_few() -> None:
+    backend = Failing()
+    async with routing(backend) as router:
+        few = asyncio.create_task(router.learn(timeout_s=20))
+        await asyncio.gather(few, return_exceptions=True)
+        assert 19 <= len(backend.described) <= 22
+        tasks = [asyncio.create_task(router.learn(f"m{n}", timeout_s=20)) for n in range(1000)]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert len(backend.described) <= 6000
 
 
 async def test_other_metadata_is_noticed_and_told_once() -> None:
