@@ -108,9 +108,9 @@ class Models:
         self.budget = Budget(settings.limits.max_queued_bytes)
         # Told of a model, by name and version, of which `find` may answer otherwise than before.
         self.on_change: Callable[[tuple[str, str]], None] = lambda _: None
-        # State: by backend, model name and version, what is known or being asked; rooms whose blocks are about to go
-        # elsewhere; where questions about models that nobody knows wait, by pool; when it is looked again whether some
-        # models are of no use; watches that end; whether nobody is asked any more.
+        # State: by backend, model name and version, what is known or being asked; rooms whose blocks go elsewhere;
+        # where questions about models that nobody knows wait, by pool; when it is looked again whether some models are
+        # of no use; watches that end; whether nobody is asked any more.
         self._watches: dict[tuple[str, str, str], ModelWatch] = {}
         self._leaving: set[WaitingRoom] = set()
         self._queues: weakref.WeakKeyDictionary[ReplicaPool, QuestionQueue] = weakref.WeakKeyDictionary()
@@ -263,6 +263,7 @@ class Models:
         So does what waits where its model is not any more; both once all others know the settings.
         """
         self._settings = settings
+        self._leaving = {room for room in self._leaving if room.rows}
         for watch in list(self._watches.values()):
             watch.room.max_rows = settings.limits.max_queued_rows
             if self._pools.get(watch.backend) is not watch.pool:
@@ -273,7 +274,6 @@ class Models:
 
     def _move(self, watch: ModelWatch) -> None:
         """Let those go on that belong to another watch now."""
-        self._leaving.discard(watch.room)
         if self._watches.get((watch.backend, *watch.model)) is not watch:
             watch.room.release()
             return

@@ -182,6 +182,23 @@ async def test_a_block_that_is_held_goes_on_or_leaves_or_expires() -> None:
         assert resumed == [blocks[2]]
 
 
+async def test_blocks_that_go_on_leave_the_others_their_turns() -> None:
+    backend = FakeBackend(is_ready=False)
+    resumed: list[Block] = []
+    most = 0
+    async with routing(backend) as router:
+        blocks = [Block(BatchKey("m", "", "", ()), 0, 0, 1, (b"",), 0, 0.0, 60.0, Listener()) for _ in range(700)]
+        rooms = [router.models.hold(block, resumed.append) for block in blocks]
+        backend.set_ready(is_ready=True)
+        while len(resumed) < 699:
+            before = len(resumed)
+            await asyncio.sleep(0)
+            most = max(most, len(resumed) - before)
+            rooms[650].discard(blocks[650])  # at once, and later nobody misses it
+        assert most == 256
+        assert resumed == blocks[:650] + blocks[651:]
+
+
 async def test_a_block_that_cannot_go_on_fails_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
     backend = FakeBackend(is_ready=False)
     resumed: list[Block] = []
