@@ -7,6 +7,7 @@ nobody tells is not checked.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Literal, TypeAlias
 
 from router.core.model_info import ModelInfo, ModelReport, ModelState, TensorInfo
@@ -125,7 +126,7 @@ def is_datatype(name: str) -> bool:
 
 def listed(names: Iterable[str]) -> str:
     """For an error."""
-    found = [repr(name) for name in names]
+    found = [repr(name) for name in islice(names, MAX_LISTED + 1)]
     return ", ".join(found[:MAX_LISTED]) + (", ..." if len(found) > MAX_LISTED else "")
 
 
