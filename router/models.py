@@ -230,12 +230,19 @@ class Models:
         named = {name for name, _ in found}
         reports = {watch.model: watch.report for watch in self._watches.values() if watch.model[0] not in named}
         asked = [name for name in self._settings.model_names() if name not in named]
-        told = await asyncio.gather(*(self.report(name) for name in asked))
+        told = await asyncio.gather(*(self._report_if_possible(name) for name in asked))
         reports.update(((name, ""), report) for name, report in zip(asked, told, strict=True))
         for model, report in reports.items():
             if report and report.state is not ModelState.ABSENT:
                 found[model] = _to_entry(model, report)
         return [found[model] for model in sorted(found)]
+
+    async def _report_if_possible(self, model_name: str) -> ModelReport:
+        """One model that may not be asked about must not cost the answer about all."""
+        try:
+            return await self.report(model_name)
+        except RouterError:
+            return ModelReport(ModelState.UNREADY)
 
     async def _index_of(self, backend: str) -> list[IndexEntry]:
         """Those of them that the settings lead to."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from router.config import Settings
+from router.config import ModelSettings, Settings
 from router.core.model_info import ModelInfo, ModelReport, ModelState, TensorInfo
 from router.core.pulse import Sign
 from router.core.types import BatchKey, Block
@@ -566,6 +566,17 @@ async def test_the_index_has_named_listed_and_live_models_once() -> None:
         await router.learn("live")
         listed = await router.models.index()
     assert [(entry.name, entry.state) for entry in listed] == [("live", "READY")]
+
+
+async def test_the_index_is_told_although_some_models_may_not_be_asked_about() -> None:
+    async with routing(limits={"max_keys": 1}) as router:
+        await router.learn("live")
+        names = {"backend": "fake", "match": {"model_name": "named"}}, {"backend": "fake"}
+        router.models.apply(
+            router.settings.model_copy(update={"models": [ModelSettings.model_validate(n) for n in names]})
+        )
+        listed = await router.models.index()
+    assert [(entry.name, entry.state) for entry in listed] == [("live", "READY"), ("named", "UNAVAILABLE")]
 
 
 async def test_models_are_counted_by_state() -> None:
