@@ -36,7 +36,7 @@ RETRY_AFTER_S = 1.0
 KEYS_RETRY_AFTER_S = 60.0
 # How long a model is remembered as absent where models are asked about only once.
 ABSENT_S = 5.0
-# The least time from one question about a model to the next one about any; where rows wait for the answer.
+# The least time from one question to a replica about a model to the next one about any; where rows wait for an answer.
 QUESTION_S = 0.02
 WAITING_QUESTION_S = 0.005
 # How many models that are of no use leave at once for others, and how often it is looked for them.
@@ -345,11 +345,11 @@ class Models:
             raise ResourceExhausted(message, reason="keys", retry_after_s=KEYS_RETRY_AFTER_S)
 
     def _interval_s(self, watch: ModelWatch) -> float:
-        """Longer where there are so many models that the questions would be a load of their own. 0: never."""
+        """Longer where models and replicas are so many that the questions would be a load of their own. 0: never."""
         interval_s = self._settings.backends[watch.backend].model_interval_s
         if not interval_s:
             return ABSENT_S if watch.is_absent else 0.0
-        return max(interval_s, len(self._watches) * QUESTION_S)
+        return max(interval_s, len(self._watches) * watch.pool.count_ready() * QUESTION_S)
 
     def _retry_s(self) -> float:
         return max(RETRY_S, len(self._watches) * WAITING_QUESTION_S)

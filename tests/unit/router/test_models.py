@@ -579,6 +579,14 @@ async def test_the_index_is_told_although_some_models_may_not_be_asked_about() -
     assert [(entry.name, entry.state) for entry in listed] == [("live", "READY"), ("named", "UNAVAILABLE")]
 
 
+async def test_many_replicas_are_asked_about_many_models_no_more_often_than_one() -> None:
+    replicas = [FakeBackend(f"fake:{n}") for n in range(4)]
+    async with routing(*replicas) as router:
+        await asyncio.gather(*(router.learn(f"m{n}") for n in range(400)))
+        await asyncio.sleep(100)
+        assert sum(len(replica.described) for replica in replicas) < 400 * 4 + 100 * 60 + 400
+
+
 async def test_models_are_counted_by_state() -> None:
     backend = FakeBackend()
     backend.reports["gone"] = ModelReport(ABSENT)
