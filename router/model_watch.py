@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from router.core.model_info import ModelReport, ModelState
 from router.core.model_rules import remember
@@ -23,19 +23,47 @@ from router.waiting_room import WaitingRoom
 
 logger = logging.getLogger(__name__)
 
-# While nobody answers, or blocks wait for a model to be loaded, it is asked that often.
+# While nobody answers, or blocks wait for a model to be loaded, it is asked that often, if there are few of them.
 RETRY_S = 1.0
+# Questions about models that nobody knows, or that are not there, that are out at a time; one that is not answered so
+# soon makes room for the next.
+MOST_QUESTIONS = 32
+SOON_S = 1.0
 # How often it is looked at whether a model is still in use that is not asked about again.
 LOOK_S = 60.0
 # A model whose batches are refused is not asked about more often than this.
 LEAST_PAUSE_S = 0.25
 
 
+class QuestionQueue:
+    """Where questions about models wait that callers may have invented: all at once, they would be the end of a server.
+
+    A server that hangs holds up nobody for long: what it does not answer soon leaves its place to another.
+    """
+
+    def __init__(self) -> None:
+        self._places = asyncio.Semaphore(MOST_QUESTIONS)
+
+    @contextlib.asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """Wait for a place, and have it."""
+        await self._places.acquire()
+        places = contextlib.ExitStack()
+        places.callback(self._places.release)
+        timer = asyncio.get_running_loop().call_later(SOON_S, places.close)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            places.close()
+
+
 class ModelWatch:
     """Watches (name, version) at a backend's pool until `aclose`, or until it is idle.
 
-    `interval_s`: until it is asked again, 0: never; `is_idle`: whether it is of no more use, which is asked before
-    that; `on_change`: what is known is other than before; `on_idle`: it has stopped.
+    `queue`: of the pool; `retry_s`: until it is asked again when nobody has answered, or blocks wait; `interval_s`:
+    else, 0: never; `is_idle`: whether it is of no more use, which is asked before that; `on_change`: what is known is
+    other than before; `on_idle`: it has stopped.
     """
 
     def __init__(
@@ -45,7 +73,9 @@ class ModelWatch:
         model: tuple[str, str],
         room: WaitingRoom,
         *,
+        queue: QuestionQueue,
         interval_s: Callable[["ModelWatch"], float],
+        retry_s: Callable[[], float],
         is_idle: Callable[["ModelWatch"], bool],
         on_change: Callable[["ModelWatch"], None],
         on_idle: Callable[["ModelWatch"], None],
@@ -54,7 +84,9 @@ class ModelWatch:
         self.pool = pool
         self.model = model
         self.room = room
+        self._queue = queue
         self._interval_s = interval_s
+        self._retry_s = retry_s
         self._is_idle = is_idle
         self._on_change = on_change
         self._on_idle = on_idle
@@ -105,7 +137,7 @@ class ModelWatch:
                 is_due = await self._wait_until_due(spread)
                 spread = 1.0
             else:
-                await self._pause(self.pool.wait_for_change(), RETRY_S)
+                await self._pause(self.pool.wait_for_change(), self._retry_s())
                 is_due = True
         self._on_idle(self)
 
@@ -114,7 +146,7 @@ class ModelWatch:
         interval_s = self._interval_s(self)
         is_waited_for = self.room.rows > 0
         pause_s = interval_s * spread or LOOK_S
-        await self._pause(self._is_doubted.wait(), min(pause_s, RETRY_S) if is_waited_for else pause_s)
+        await self._pause(self._is_doubted.wait(), min(pause_s, self._retry_s()) if is_waited_for else pause_s)
         is_doubted = self._is_doubted.is_set()
         if is_doubted:
             self._is_doubted.clear()
@@ -127,6 +159,10 @@ class ModelWatch:
                 await until
 
     async def _ask(self) -> None:
+        async with self._queue.place() if self.report is None or self.is_absent else contextlib.nullcontext():
+            await self._ask_now()
+
+    async def _ask_now(self) -> None:
         self.asked_at = self._loop.time()
         try:
             report = remember(self.report, await self.pool.describe(self.model))

@@ -5,6 +5,10 @@ Backends are asked once about a model, when its first row comes, and then again 
 """
 
 import asyncio
+import functools
+import itertools
+import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +27,7 @@ from router.errors import (
     Unavailable,
     Unsupported,
 )
-from router.model_watch import ModelWatch
+from router.model_watch import RETRY_S, ModelWatch, QuestionQueue
 from router.waiting_room import Resume, WaitingRoom
 
 # A question of an operator is not waited for any longer.
@@ -32,8 +36,12 @@ RETRY_AFTER_S = 1.0
 KEYS_RETRY_AFTER_S = 60.0
 # How long a model is remembered as absent where models are asked about only once.
 ABSENT_S = 5.0
-# The least time from one question about a model to the next one about any.
+# The least time from one question to a replica about a model to the next one about any; where rows wait for an answer.
 QUESTION_S = 0.02
+WAITING_QUESTION_S = 0.005
+# How many models that are of no use leave at once for others, and how often it is looked for them.
+LEAVING_MODELS = 64
+LOOK_FOR_ROOM_S = 0.1
 NO_POOLS: Mapping[str, ReplicaPool] = {}
 
 
@@ -100,9 +108,13 @@ class Models:
         self.budget = Budget(settings.limits.max_queued_bytes)
         # Told of a model, by name and version, of which `find` may answer otherwise than before.
         self.on_change: Callable[[tuple[str, str]], None] = lambda _: None
-        # State: by backend, model name and version, what is known or being asked; watches that end; whether nobody is
-        # asked any more.
+        # State: by backend, model name and version, what is known or being asked; rooms whose blocks go elsewhere;
+        # where questions about models that nobody knows wait, by pool; when it is looked again whether some models are
+        # of no use; watches that end; whether nobody is asked any more.
         self._watches: dict[tuple[str, str, str], ModelWatch] = {}
+        self._leaving: set[WaitingRoom] = set()
+        self._queues: weakref.WeakKeyDictionary[ReplicaPool, QuestionQueue] = weakref.WeakKeyDictionary()
+        self._look_for_room_at = -math.inf
         self._closing: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -218,12 +230,19 @@ class Models:
         named = {name for name, _ in found}
         reports = {watch.model: watch.report for watch in self._watches.values() if watch.model[0] not in named}
         asked = [name for name in self._settings.model_names() if name not in named]
-        told = await asyncio.gather(*(self.report(name) for name in asked))
+        told = await asyncio.gather(*(self._report_if_possible(name) for name in asked))
         reports.update(((name, ""), report) for name, report in zip(asked, told, strict=True))
         for model, report in reports.items():
             if report and report.state is not ModelState.ABSENT:
                 found[model] = _to_entry(model, report)
         return [found[model] for model in sorted(found)]
+
+    async def _report_if_possible(self, model_name: str) -> ModelReport:
+        """One model that may not be asked about must not cost the answer about all."""
+        try:
+            return await self.report(model_name)
+        except RouterError:
+            return ModelReport(ModelState.UNREADY)
 
     async def _index_of(self, backend: str) -> list[IndexEntry]:
         """Those of them that the settings lead to."""
@@ -242,17 +261,36 @@ class Models:
 
     def recount(self) -> None:
         """Tell the budget what waits, after its bounds have changed."""
-        for watch in self._watches.values():
-            watch.room.recount()
+        for room in {watch.room for watch in self._watches.values()} | self._leaving:
+            room.recount()
 
     def apply(self, settings: Settings) -> None:
-        """Go on by other settings; `pools` has them already. What waits for a pool that is gone goes on elsewhere."""
+        """Go on by other settings; `pools` has them already. What waits for a pool that is gone goes on elsewhere.
+
+        So does what waits where its model is not any more; both once all others know the settings.
+        """
         self._settings = settings
+        self._leaving = {room for room in self._leaving if room.rows}
         for watch in list(self._watches.values()):
             watch.room.max_rows = settings.limits.max_queued_rows
             if self._pools.get(watch.backend) is not watch.pool:
                 self._drop(watch)
-                asyncio.get_running_loop().call_soon(watch.room.release)
+            if watch.room.rows:
+                self._leaving.add(watch.room)
+                asyncio.get_running_loop().call_soon(self._move, watch)
+
+    def _move(self, watch: ModelWatch) -> None:
+        """Let those go on that belong to another watch now."""
+        if self._watches.get((watch.backend, *watch.model)) is not watch:
+            watch.room.release()
+            return
+        routes = functools.cache(functools.partial(self._settings.route, watch.model[0]))
+
+        def has_moved(block: Block) -> bool:
+            settings = routes(block.key.agent_type)
+            return settings is None or settings.backend != watch.backend
+
+        watch.room.release(has_moved)
 
     async def aclose(self) -> None:
         """Ask no more; who waits is told."""
@@ -282,7 +320,9 @@ class Models:
                 self._pools[backend],
                 model,
                 WaitingRoom(self.budget, self._settings.limits.max_queued_rows),
+                queue=self._queues.setdefault(self._pools[backend], QuestionQueue()),
                 interval_s=self._interval_s,
+                retry_s=self._retry_s,
                 is_idle=self._is_idle,
                 on_change=self._changed,
                 on_idle=self._forget,
@@ -291,33 +331,44 @@ class Models:
         return watch
 
     def _make_room(self) -> None:
-        """Models that are not there go first. Raises ResourceExhausted when all are."""
-        most = self._settings.limits.max_keys
-        if len(self._watches) >= most:
-            for watch in list(self._watches.values()):
-                if watch.is_absent:
-                    self._drop(watch)
+        """Models of no use go first, the oldest before the others. Raises ResourceExhausted when there are none."""
+        most, now = self._settings.limits.max_keys, asyncio.get_running_loop().time()
+        if len(self._watches) >= most and self._look_for_room_at <= now:
+            useless = (watch for watch in self._watches.values() if _is_useless(watch))
+            leaving = list(itertools.islice(useless, LEAVING_MODELS))
+            for watch in leaving:
+                self._drop(watch)
+            if not leaving:  # whoever invents names would have all models looked at for each
+                self._look_for_room_at = now + LOOK_FOR_ROOM_S
         if len(self._watches) >= most:
             message = f"{most} models are in use, no more may be"
             raise ResourceExhausted(message, reason="keys", retry_after_s=KEYS_RETRY_AFTER_S)
 
     def _interval_s(self, watch: ModelWatch) -> float:
-        """Longer where there are so many models that the questions would be a load of their own. 0: never."""
+        """Longer where models and replicas are so many that the questions would be a load of their own. 0: never."""
         interval_s = self._settings.backends[watch.backend].model_interval_s
         if not interval_s:
             return ABSENT_S if watch.is_absent else 0.0
-        return max(interval_s, len(self._watches) * QUESTION_S)
+        return max(interval_s, len(self._watches) * watch.pool.count_ready() * QUESTION_S)
+
+    def _retry_s(self) -> float:
+        return max(RETRY_S, len(self._watches) * WAITING_QUESTION_S)
 
     def _is_idle(self, watch: ModelWatch) -> bool:
-        """A model that is not there is remembered for one interval only: names cost nothing to invent."""
+        """A model that is not there is remembered for one interval only: names cost nothing to invent.
+
+        One of which nobody has told is not remembered once nobody waits for that.
+        """
+        if _is_needed(watch):
+            return False
         if watch.is_absent:
-            return watch.used_at < watch.asked_at and not watch.room.rows
-        idle_at = watch.used_at + self._settings.limits.key_idle_s
-        return idle_at <= asyncio.get_running_loop().time() and not watch.room.rows and not watch.pool.uses(watch.model)
+            return watch.used_at < watch.asked_at
+        idle_s = self._settings.limits.key_idle_s if watch.report else ABSENT_S
+        return watch.used_at + idle_s <= asyncio.get_running_loop().time()
 
     def _forget(self, watch: ModelWatch) -> None:
         self._drop(watch)
-        if not watch.is_absent:  # of which nobody remembers anything
+        if watch.report and not watch.is_absent:  # of others nobody remembers anything
             self._changed(watch)
 
     def _changed(self, watch: ModelWatch) -> None:
@@ -362,6 +413,16 @@ class _Waiter:
         """See Recipient."""
         if not self.future.done():
             self.future.set_exception(DeadlineExceeded(f"no answer within {self._timeout_s:.3g} s"))
+
+
+def _is_needed(watch: ModelWatch) -> bool:
+    """Whether rows wait for what it will tell, or a key lives by what it has told and must hear of other things."""
+    return watch.room.rows > 0 or watch.pool.uses(watch.model)
+
+
+def _is_useless(watch: ModelWatch) -> bool:
+    """Whether it is not known to be there, and nobody misses it."""
+    return (watch.report is None or watch.is_absent) and not _is_needed(watch)
 
 
 def _to_entry(model: tuple[str, str], report: ModelReport) -> IndexEntry:

@@ -6,7 +6,7 @@ as is decided when they leave, so their key has a model and no inputs yet.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from router.core.budget import Budget, exceeded
@@ -16,6 +16,8 @@ from router.errors import InternalError, ResourceExhausted, RouterError
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1.0
+# Blocks that go on before the others on the loop have their turn.
+TURN = 256
 
 Resume: TypeAlias = Callable[[Block], None]
 """What goes on with a block once its model is known."""
@@ -53,12 +55,18 @@ class WaitingRoom:
         """Nobody waits for a block any more; one that is not here is none of ours."""
         self._leave(block)
 
-    def release(self) -> None:
-        """Let all go on, in the order in which they came."""
-        for block in list(self._held):
+    def release(self, may_go: Callable[[Block], bool] = lambda _: True) -> None:
+        """Let all go on that may, in the order in which they came; TURN of them now, the others soon."""
+        self._release_some(iter([block for block in self._held if may_go(block)]))
+
+    def _release_some(self, blocks: Iterator[Block]) -> None:
+        for count, block in enumerate(blocks, 1):
             resume = self._leave(block)
-            if resume:  # none: what became of another one has closed its call
+            if resume:  # none: its call is closed, perhaps by what became of another one
                 _go_on(block, resume)
+            if count == TURN:
+                self._loop.call_soon(self._release_some, blocks)
+                return
 
     def fail(self, error: RouterError) -> None:
         """Answer all."""

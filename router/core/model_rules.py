@@ -7,6 +7,7 @@ nobody tells is not checked.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Literal, TypeAlias
 
 from router.core.model_info import ModelInfo, ModelReport, ModelState, TensorInfo
@@ -45,7 +46,8 @@ def most_rows(info: ModelInfo | None, max_batch_size: int, *, is_batched: bool) 
     """Rows of the largest call: as the settings say, but no more than Triton takes."""
     if not is_batched:
         return 1
-    return min(max_batch_size, (info and info.max_batch_size) or max_batch_size)
+    told = info.max_batch_size if info else None
+    return min(max_batch_size, told) if told and told > 0 else max_batch_size
 
 
 def why_unsupported(info: ModelInfo | None, *, is_batched: bool) -> str | None:
@@ -124,7 +126,7 @@ def is_datatype(name: str) -> bool:
 
 def listed(names: Iterable[str]) -> str:
     """For an error."""
-    found = [repr(name) for name in names]
+    found = [repr(name) for name in islice(names, MAX_LISTED + 1)]
     return ", ".join(found[:MAX_LISTED]) + (", ..." if len(found) > MAX_LISTED else "")
 
 
@@ -235,6 +237,17 @@ def remember(before: ModelReport | None, now: ModelReport) -> ModelReport:
     if now.info is None:
         return replace(now, info=before.info)
     if now.info.max_batch_size is None and before.info.max_batch_size is not None:
-        of_config = {name: getattr(before.info, name) for name in ("max_batch_size", "is_decoupled", "is_sequence")}
-        return replace(now, info=replace(now.info, **of_config))
+        return replace(now, info=_with_config(now.info, before.info))
     return now
+
+
+def _with_config(info: ModelInfo, before: ModelInfo) -> ModelInfo:
+    """What only Triton's configuration tells, as it was before."""
+    optional = {tensor.name for tensor in before.inputs if tensor.is_optional}
+    return replace(
+        info,
+        inputs=tuple(replace(tensor, is_optional=tensor.name in optional) for tensor in info.inputs),
+        max_batch_size=before.max_batch_size,
+        is_decoupled=before.is_decoupled,
+        is_sequence=before.is_sequence,
+    )

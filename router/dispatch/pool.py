@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 COUNTED_FAILURES = (StreamLost, BatchTimeout, Malformed)
 # One of several replicas has told that it serves a model: the others have so long to tell what they know of it.
 OTHERS_S = 0.5
+# Whether it is ready as a whole a server tells within so long, or it is not.
+READY_S = 3.0
 # The word of an index for a model that is served.
 READY = "READY"
 
@@ -195,8 +197,8 @@ class ReplicaPool:
         return agreed
 
     async def is_ready(self) -> bool:
-        """Whether a replica says that it is ready, whatever its models are."""
-        return Sign.READY in await self._ask(lambda replica: replica.probe(), lambda sign: sign is Sign.READY)
+        """Whether a replica says within READY_S that it is ready, whatever its models are."""
+        return Sign.READY in await self._ask(lambda replica: replica.probe(), lambda sign: sign is Sign.READY, READY_S)
 
     async def index(self) -> tuple[IndexEntry, ...]:
         """Ask for the models of the backend; of several replicas' entries for one, the first that is READY counts."""
@@ -207,8 +209,10 @@ class ReplicaPool:
                     found[entry.name, entry.version] = entry
         return tuple(found.values())
 
-    async def _ask(self, question: Callable[[Backend], Awaitable[A]], is_enough: Callable[[A], bool]) -> list[A | None]:
-        """What the replicas that are there answer, in their order; None of a silent one.
+    async def _ask(
+        self, question: Callable[[Backend], Awaitable[A]], is_enough: Callable[[A], bool], most_s: float = math.inf
+    ) -> list[A | None]:
+        """What the replicas that are there answer within `most_s`, in their order; None of a silent one.
 
         Once an answer is enough the others have OTHERS_S: one that hangs holds nobody up.
         """
@@ -217,7 +221,8 @@ class ReplicaPool:
             for member in self._members
             if member.standing is not Standing.AWAY
         ]
-        pending, loop, until = set(tasks), asyncio.get_running_loop(), math.inf
+        loop = asyncio.get_running_loop()
+        pending, until = set(tasks), loop.time() + most_s
         try:
             while pending and (left_s := until - loop.time()) > 0:
                 done, pending = await asyncio.wait(

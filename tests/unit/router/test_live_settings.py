@@ -17,7 +17,7 @@ from router.dataplane import DataPlane
 from router.dispatch.pool import ReplicaPool, Rules
 from router.errors import Blame, NotFound, Refused, ResourceExhausted, RouterError, StreamLost, Unavailable
 from router.metrics import Metrics
-from router.models import Models
+from router.models import Models, Unlearned
 from router.single_flight import SingleFlight
 from tests.builders import make_block, make_key, make_texts
 from tests.unit.router.fakes import FakeBackend, RecordingReply
@@ -377,6 +377,53 @@ async def test_bounds_of_tenants_count_what_waits_already_here_and_in_a_backend_
         await answer_all(router.replica("two:1"))
 
 
+async def learn(router: Router, agent_type: str = "a", *, rows: int = 1, tenant: str = "default") -> None:
+    """Wait until model `m` is known, wherever it is by then."""
+    deadline = asyncio.get_running_loop().time() + 60
+    while True:
+        try:
+            router.models.find("m", "", agent_type)
+        except Unlearned:
+            await router.models.learn("m", "", agent_type, rows=rows, nbytes=rows, deadline=deadline, tenant=tenant)
+        else:
+            return
+
+
+async def test_rows_of_an_unknown_model_that_moves_are_asked_for_where_it_is_now() -> None:
+    """Those of an agent type that has not moved wait where they are, although less may wait now."""
+    both: dict[str, dict[str, Any]] = {"one": {}, "two": {}}
+    moved: list[dict[str, Any]] = [{"match": {"agent_type": "a"}, "backend": "two"}, {"match": {"agent_type": "b"}}]
+    async with routing(make_settings([{}], both)) as router:
+        router.replica("one:1").set_ready(is_ready=False)
+        moves, stays = asyncio.create_task(learn(router)), asyncio.create_task(learn(router, "b", rows=2))
+        gone = asyncio.create_task(learn(router, "c"))
+        await settle()
+        router.apply(make_settings(moved, both, limits={"max_queued_rows": 1}))
+        await settle()
+        await moves
+        assert router.replica("two:1").described == [("m", "")]
+        assert isinstance(gone.exception(), NotFound)
+        assert not stays.done()
+        router.replica("one:1").set_ready(is_ready=True)
+        await stays
+
+
+async def test_bounds_of_tenants_count_rows_of_an_unknown_model_whose_backend_is_another_now() -> None:
+    limits = {"max_tenant_rows": 4}
+    async with routing(make_settings([{}], limits=limits)) as router:
+        router.replica().set_ready(is_ready=False)
+        waits = asyncio.create_task(learn(router, rows=3, tenant="loud"))
+        await settle()
+        router.apply(make_settings([{}], {"one": {"ejection_s": 7}}, limits=limits))
+        router.replica().set_ready(is_ready=False)
+        await settle()
+        with pytest.raises(ResourceExhausted, match="3 rows of tenant 'loud' wait already, 4 may"):
+            await learn(router, rows=2, tenant="loud")
+        waits.cancel()
+        await settle()
+        assert repr(router.models.budget) == "<Budget 0 rows, 0 bytes>"
+
+
 async def test_tenants_that_wait_share_the_next_batch_by_the_new_weights() -> None:
     async with routing(make_settings([{}])) as router:
         router.ask(0)
@@ -577,6 +624,21 @@ async def test_a_key_stays_while_its_model_is_absent_or_not_ready() -> None:
             await router.models.report("m")
             assert "1 keys" in repr(router.plane)
         await answer_all(router.replica())
+
+
+async def test_a_key_hears_of_a_model_that_was_absent_for_long_and_is_back() -> None:
+    async with routing(make_settings([{"max_batch_size": 4}])) as router:
+        await router.learn(told(max_batch_size=2))
+        callers = [router.ask(1)]
+        await settle()
+        router.replica().reports["m"] = ModelReport(ModelState.ABSENT)
+        await asyncio.sleep(30)
+        router.replica().reports["m"] = ModelReport(ModelState.READY, told(max_batch_size=2))
+        await asyncio.sleep(10)
+        callers += [router.ask(value) for value in (2, 3, 4)]
+        await answer_all(router.replica())
+        assert sent(router.replica()) == [[1], [2, 3], [4]]
+        assert [caller.values for caller in callers] == [[2], [4], [6], [8]]
 
 
 async def test_a_backend_that_refuses_a_batch_is_asked_about_its_model_at_once() -> None:

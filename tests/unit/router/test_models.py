@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from router.config import Settings
+from router.config import ModelSettings, Settings
 from router.core.model_info import ModelInfo, ModelReport, ModelState, TensorInfo
 from router.core.pulse import Sign
 from router.core.types import BatchKey, Block
@@ -17,6 +17,7 @@ from router.errors import (
     NotFound,
     ResourceExhausted,
     RouterError,
+    StreamLost,
     Unavailable,
     Unsupported,
 )
@@ -181,6 +182,23 @@ async def test_a_block_that_is_held_goes_on_or_leaves_or_expires() -> None:
         assert resumed == [blocks[2]]
 
 
+async def test_blocks_that_go_on_leave_the_others_their_turns() -> None:
+    backend = FakeBackend(is_ready=False)
+    resumed: list[Block] = []
+    most = 0
+    async with routing(backend) as router:
+        blocks = [Block(BatchKey("m", "", "", ()), 0, 0, 1, (b"",), 0, 0.0, 60.0, Listener()) for _ in range(700)]
+        rooms = [router.models.hold(block, resumed.append) for block in blocks]
+        backend.set_ready(is_ready=True)
+        while len(resumed) < 699:
+            before = len(resumed)
+            await asyncio.sleep(0)
+            most = max(most, len(resumed) - before)
+            rooms[650].discard(blocks[650])  # at once, and later nobody misses it
+        assert most == 256
+        assert resumed == blocks[:650] + blocks[651:]
+
+
 async def test_a_block_that_cannot_go_on_fails_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
     backend = FakeBackend(is_ready=False)
     resumed: list[Block] = []
@@ -233,6 +251,84 @@ async def test_absent_models_make_room_for_others_and_ready_ones_do_not() -> Non
             await router.learn(name)
         with pytest.raises(ResourceExhausted, match="2 models are in use"):
             await router.learn("d")
+
+
+# -- names that callers invent ----------------------------------------------------------------------------------------
+
+
+class Slow(FakeBackend):
+    """Takes `answer_s` for each answer; `most`: so many questions were out at a time."""
+
+    answer_s, out, most = 0.1, 0, 0
+
+    async def describe(self, model: tuple[str, str]) -> ModelReport:
+        self.out += 1
+        self.most = max(self.most, self.out)
+        await asyncio.sleep(self.answer_s)
+        self.out -= 1
+        return await super().describe(model)
+
+
+class Failing(FakeBackend):
+    """Is there, and has no answer."""
+
+    async def describe(self, model: tuple[str, str]) -> ModelReport:
+        self.described.append(model)
+        raise StreamLost("no answer")
+
+
+async def test_a_few_questions_about_unknown_models_are_out_at_a_time_and_known_ones_are_asked_about_at_once() -> None:
+    backend = Slow()
+    backend.reports["m"] = ModelReport(READY, told())
+    async with routing(backend) as router:
+        await router.learn()
+        tasks = [asyncio.create_task(router.learn(f"m{n}")) for n in range(320)]
+        await asyncio.sleep(0.05)
+        assert backend.out == 32
+        backend.reports["m"] = ModelReport(READY, told("FP64"))
+        assert await router.models.report("m") == backend.reports["m"]
+        await asyncio.gather(*tasks)
+        assert backend.most == 33
+        assert asyncio.get_running_loop().time() == pytest.approx(1.1)
+
+
+async def test_questions_that_hang_give_way_to_others() -> None:
+    backend = Slow()
+    backend.answer_s = 30.0
+    async with routing(backend) as router:
+        tasks = [asyncio.create_task(router.learn(f"m{n}", timeout_s=9)) for n in range(96)]
+        for seconds, out in ((0.9, 32), (1.1, 64), (2.1, 96)):
+            await asyncio.sleep(seconds - asyncio.get_running_loop().time())
+            assert backend.out == out
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("is_silent", [False, True])
+async def test_a_name_of_which_nobody_tells_and_for_which_nobody_waits_leaves_its_place(is_silent: bool) -> None:
+    backend = Slow() if is_silent else FakeBackend(is_ready=False)
+    if isinstance(backend, Slow):
+        backend.answer_s = 1000.0
+    async with routing(backend, limits={"max_keys": 2}) as router:
+        for name in ("a", "b"):
+            with pytest.raises(DeadlineExceeded):
+                await router.learn(name, timeout_s=1)
+        with pytest.raises(DeadlineExceeded):
+            await router.learn("c", timeout_s=1)
+        if not is_silent:
+            await asyncio.sleep(7)
+            assert repr(router.models) == "<Models []>"
+            assert router.changes == 0
+
+
+async def test_many_names_of_which_nobody_tells_are_asked_about_less_often_than_a_few() -> None:
+    backend = Failing()
+    async with routing(backend) as router:
+        few = asyncio.create_task(router.learn(timeout_s=20))
+        await asyncio.gather(few, return_exceptions=True)
+        assert 19 <= len(backend.described) <= 22
+        tasks = [asyncio.create_task(router.learn(f"m{n}", timeout_s=20)) for n in range(1000)]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert len(backend.described) <= 6000
 
 
 async def test_other_metadata_is_noticed_and_told_once() -> None:
@@ -289,6 +385,21 @@ async def test_a_server_that_leaves_decides_itself_about_its_models() -> None:
             router.models.find(*NAME)
         backend.sign = Sign.UNREADY
         await asyncio.sleep(6)
+        assert router.models.find(*NAME).info == told()
+
+
+async def test_a_frozen_server_keeps_nobody_from_asking_again() -> None:
+    """Whether a server is ready as a whole has no time bound of its own."""
+    one, frozen = FakeBackend("fake:1"), FakeBackend("fake:2")
+    one.reports["m"] = frozen.reports["m"] = ModelReport(UNREADY, told())
+    one.sign, frozen.is_frozen = Sign.UNREADY, True
+    async with routing(one, frozen) as router:
+        early = asyncio.create_task(router.learn(timeout_s=60))
+        await asyncio.sleep(1)
+        one.reports["m"], one.sign = ModelReport(READY, told()), Sign.READY
+        await asyncio.sleep(5)
+        assert early.done()
+        await router.learn(timeout_s=6)
         assert router.models.find(*NAME).info == told()
 
 
@@ -455,6 +566,25 @@ async def test_the_index_has_named_listed_and_live_models_once() -> None:
         await router.learn("live")
         listed = await router.models.index()
     assert [(entry.name, entry.state) for entry in listed] == [("live", "READY")]
+
+
+async def test_the_index_is_told_although_some_models_may_not_be_asked_about() -> None:
+    async with routing(limits={"max_keys": 1}) as router:
+        await router.learn("live")
+        names = {"backend": "fake", "match": {"model_name": "named"}}, {"backend": "fake"}
+        router.models.apply(
+            router.settings.model_copy(update={"models": [ModelSettings.model_validate(n) for n in names]})
+        )
+        listed = await router.models.index()
+    assert [(entry.name, entry.state) for entry in listed] == [("live", "READY"), ("named", "UNAVAILABLE")]
+
+
+async def test_many_replicas_are_asked_about_many_models_no_more_often_than_one() -> None:
+    replicas = [FakeBackend(f"fake:{n}") for n in range(4)]
+    async with routing(*replicas) as router:
+        await asyncio.gather(*(router.learn(f"m{n}") for n in range(400)))
+        await asyncio.sleep(100)
+        assert sum(len(replica.described) for replica in replicas) < 400 * 4 + 100 * 60 + 400
 
 
 async def test_models_are_counted_by_state() -> None:

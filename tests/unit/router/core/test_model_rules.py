@@ -1,6 +1,7 @@
 """What a backend tells of a model, and what follows from it."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,7 @@ def test_whether_rows_share_calls(batching: rules.Batching, info: ModelInfo | No
         (told(max_batch_size=8), True, 8),
         (told(max_batch_size=128), True, 64),
         (told(max_batch_size=0), True, 64),
+        (told(max_batch_size=-1), True, 64),
     ],
 )
 def test_a_call_has_as_many_rows_as_settings_and_backend_allow(
@@ -303,3 +305,9 @@ def test_what_was_told_once_stays_known_until_something_else_is_told() -> None:
     assert rules.remember(ready(triton), ready(ONE)) == ready(triton)
     assert rules.remember(ready(ONE), ABSENT) == ABSENT
     assert rules.remember(ABSENT, ready()) == ready()
+
+
+def test_an_input_that_was_optional_is_so_when_the_configuration_is_not_told_any_more() -> None:
+    x, mask = TensorInfo("x", "FP32", (-1,)), TensorInfo("mask", "BOOL", (-1,))
+    triton = ModelInfo("m", inputs=(x, replace(mask, is_optional=True)), max_batch_size=8)
+    assert rules.remember(ready(triton), ready(ModelInfo("m", inputs=(x, mask)))) == ready(triton)
