@@ -93,10 +93,15 @@ def read_row_errors(text: str, rows: int) -> dict[int, str]:
     numbers = {str(number) for number in range(rows)}
     if not isinstance(pairs, list) or not all(_is_named(pair, numbers) for pair in pairs):
         raise Malformed(f"{ROW_ERRORS} is not an object of row numbers below {rows} and texts: {model_text(text)}")
-    named = {int(number): model_text(message) for number, message in pairs}
+    named = {int(number): model_text(_encodable(message)) for number, message in pairs}
     if len(named) != len(pairs):
         raise Malformed(f"{ROW_ERRORS} names a row more than once: {model_text(text)}")
     return named
+
+
+def _encodable(text: str) -> str:
+    """JSON can spell halves of a surrogate pair, which no message and no response can carry."""
+    return text.encode(errors="replace").decode()
 
 
 def _is_named(pair: Any, numbers: set[str]) -> bool:  # noqa: ANN401 (whatever JSON may hold)

@@ -88,6 +88,11 @@ def test_messages_are_cut_in_the_middle_since_tracebacks_say_at_their_end_what_i
     assert read_row_errors(json.dumps({"0": "x" * MODEL_TEXT_MAX}), 1) == {0: "x" * MODEL_TEXT_MAX}
 
 
+def test_half_a_surrogate_pair_in_a_rows_error_is_told_as_what_can_be_sent() -> None:
+    assert read_row_errors(r'{"0": "bad \ud800 row"}', 1) == {0: "bad ? row"}
+    assert read_row_errors(r'{"0": "\ud83d\ude00"}', 1) == {0: "\N{GRINNING FACE}"}
+
+
 def test_the_first_and_the_last_row_can_be_named() -> None:
     assert read_row_errors('{"2": "c", "0": "a"}', 3) == {2: "c", 0: "a"}
 
