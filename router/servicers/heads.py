@@ -105,7 +105,7 @@ class Heads:
         _check_head(specs, kept)
         outputs, classes = _read_outputs(message.outputs)
         model.check_outputs(outputs)
-        told = _told_outputs(model)
+        told = model.told_outputs
         apart = () if told else tuple(sorted(outputs))
         whose = message.model_name, message.model_version, agent_type
         target = self._find_target(whose, specs, kept, tuple(type(value) for _, value in kept), apart)
@@ -237,11 +237,6 @@ def _read_outputs(
     if len(set(names)) < len(names):
         raise InvalidArgument("an output is asked for twice")
     return names, classes if any(classes) else ()
-
-
-def _told_outputs(model: Model) -> tuple[str, ...]:
-    """The names of all, as far as the backend tells. To name none is not the same: MLServer leaves some out then."""
-    return tuple(tensor.name for tensor in model.info.outputs) if model.info else ()
 
 
 def _sizes(specs: Sequence[TensorSpec], rows: int) -> tuple[int, ...]:

@@ -299,13 +299,14 @@ def moody(request: pb.ModelInferRequest) -> pb.ModelInferResponse:
     return response
 
 
+@pytest.mark.parametrize("sharing", [{}, {"deterministic": True, "cache_ttl_s": 60.0}])
 @pytest.mark.parametrize(("are_told", "all_names"), [(True, ["y", "z"]), (False, ["y"])])
 async def test_who_names_no_outputs_has_all_that_are_told_and_who_names_some_has_those(
-    are_told: bool, all_names: Sequence[str]
+    are_told: bool, all_names: Sequence[str], sharing: Mapping[str, object]
 ) -> None:
     shape = (-1, 1)
     told = metadata("m", [("x", "FP32", shape)], [("y", "FP32", shape), ("z", "FP32", shape)])
-    async with in_front_of({"m": ServedModel(told if are_told else None, infer=moody)}) as (stub, _):
+    async with in_front_of({"m": ServedModel(told if are_told else None, infer=moody)}, **sharing) as (stub, _):
         for wanted, found in (((), all_names), (("z",), ["z"]), (("z", "y"), ["z", "y"])):
             response = await stub.ModelInfer(whole(1, 1, outputs=wanted))
             assert [output.name for output in response.outputs] == list(found)
