@@ -376,6 +376,10 @@ def test_a_head_that_is_too_long_is_refused_whatever_it_is_made_of() -> None:
     assert "at most 8192 are allowed" in refusal(request(tensor("x", "FP32", [1] * 1100), raw=[bytes(4)]))
     many = [tensor(str(number), "FP32", [1]) for number in range(1000)]
     assert "at most 8192 are allowed" in refusal(request(*many, raw=[bytes(4)] * 1000))
+    long_outputs = one_row()
+    for number in range(33):
+        long_outputs.outputs.add(name=f"{number:0256}")
+    assert "at most 8192 are allowed" in refusal(long_outputs)
 
 
 def test_what_a_request_lists_is_counted_before_it_is_looked_at() -> None:
