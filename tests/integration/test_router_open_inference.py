@@ -267,6 +267,17 @@ async def test_a_model_that_is_not_ready_or_unknown_is_told_so() -> None:
         assert failed.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_the_configuration_of_a_model_that_is_not_ready_is_not_there_yet() -> None:
+    """Bug: this was told as a bug of the router."""
+    models = {"m": ServedModel(metadata("m", [("x", "FP32", (-1, 1))], [("y", "FP32", (-1, 1))]), is_ready=False)}
+    async with in_front_of(models) as (stub, _):
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.ModelConfig(pb.ModelConfigRequest(name="m"))
+        assert (failed.value.code(), failed.value.details()) == (grpc.StatusCode.UNAVAILABLE, "model 'm' is not ready")
+        models["m"].is_ready = True
+        assert (await stub.ModelConfig(pb.ModelConfigRequest(name="m"))).config.name == "m"
+
+
 async def test_a_model_that_cannot_be_batched_rightly_is_refused_with_what_would_help() -> None:
     told = metadata("m", [("x", "FP32", (-1, 4))], [("y", "FP32", (4,))])
     async with in_front_of({"m": ServedModel(told)}) as (stub, server):
