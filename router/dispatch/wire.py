@@ -3,6 +3,7 @@
 Pure: it knows messages and statuses of the Open Inference Protocol, no connection and no time.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -45,8 +46,9 @@ _REFUSALS: dict[grpc.StatusCode, tuple[type[RouterError], Blame]] = {
 }
 # What Triton tells on a stream by these words alone, it tells on a call by a status as well.
 _WORDS = {
-    "Server is stopping": grpc.StatusCode.UNAVAILABLE,
-    "Request for unknown model": grpc.StatusCode.NOT_FOUND,
+    re.compile("Server is stopping"): grpc.StatusCode.UNAVAILABLE,
+    re.compile("Request for unknown model: .* is not at ready state"): grpc.StatusCode.UNAVAILABLE,
+    re.compile("Request for unknown model"): grpc.StatusCode.NOT_FOUND,
 }
 
 
@@ -165,5 +167,5 @@ def translate_status(code: grpc.StatusCode, details: str | None, address: str) -
 
 def translate_message(text: str, address: str) -> BackendError:
     """An error on a stream, without its request's id. It has no status: but for known words it is the model's."""
-    code = next((code for words, code in _WORDS.items() if text.startswith(words)), None)
+    code = next((code for words, code in _WORDS.items() if words.match(text)), None)
     return Refused(model_text(text)) if code is None else translate_status(code, text, address)
