@@ -50,6 +50,8 @@ _WORDS = {
     re.compile("Request for unknown model: .* is not at ready state"): grpc.StatusCode.UNAVAILABLE,
     re.compile("Request for unknown model"): grpc.StatusCode.NOT_FOUND,
 }
+# Of a message over a limit, in the words of gRPC's C core and Go, of Java, of .NET.
+_TOO_LARGE = re.compile("larger than max|message exceeds maximum size|message exceeds the maximum configured")
 
 
 def to_request(batch: Batch) -> pb.ModelInferRequest:
@@ -157,7 +159,7 @@ def translate_status(code: grpc.StatusCode, details: str | None, address: str) -
     text = details or code.name
     if code in LOST:
         return StreamLost(f"{address}: {model_text(text)}")
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE.search(text):
         blame = Blame.UNCLEAR if "CLIENT: Received" in text else Blame.ROWS
         return Refused(f"{address}: {model_text(text)}", blame=blame)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -163,6 +163,8 @@ def test_more_typed_elements_than_are_read_in_one_turn_are_less_with_fewer_rows(
         ("DEADLINE_EXCEEDED", "late", StreamLost, None),
         ("RESOURCE_EXHAUSTED", "queue is full", BackendExhausted, None),
         ("RESOURCE_EXHAUSTED", "SERVER: Received message larger than max (5 vs. 4)", Refused, Blame.ROWS),
+        ("RESOURCE_EXHAUSTED", "gRPC message exceeds maximum size 4194304: 5000000", Refused, Blame.ROWS),
+        ("RESOURCE_EXHAUSTED", "Received message exceeds the maximum configured message size.", Refused, Blame.ROWS),
         ("RESOURCE_EXHAUSTED", "CLIENT: Received message larger than max (5 vs. 4)", Refused, Blame.UNCLEAR),
         ("INVALID_ARGUMENT", "bad", Refused, Blame.ROWS),
         ("NOT_FOUND", "which?", Refused, Blame.MODEL),
