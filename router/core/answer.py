@@ -42,7 +42,7 @@ def read_answer(
         Malformed: it does not fit its batch, and no row of it can be trusted.
     """
     check(outputs, batch.rows)
-    _check_outputs(outputs, wanted_outputs(batch), batch.contract.output)
+    _check_outputs(outputs, wanted_outputs(batch), batch.contract.output, are_told=not batch.key.outputs)
     failed = read_row_errors(row_errors, batch.rows) if row_errors is not None else {}
     fault = None
     if not batch.contract.allow_nan:
@@ -63,13 +63,14 @@ def read_answer(
     )
 
 
-def _check_outputs(outputs: Outputs, wanted: Sequence[str], promised: str | None) -> None:
+def _check_outputs(outputs: Outputs, wanted: Sequence[str], promised: str | None, *, are_told: bool) -> None:
     """Refuse an answer without the output that the contract names, or with none of those that were asked for.
 
     With some of them it is good for some of the callers, and each looks for its own. More than was asked for harms
-    nobody, and who did not ask for what the contract names does not miss it.
+    nobody, and who did not ask for what the contract names does not miss it. `are_told`: the backend itself tells what
+    was asked for; where it does not, the replica is not to blame for the names that callers make up.
     """
-    if wanted and not any(tensor.name in wanted for tensor in outputs):
+    if are_told and wanted and not any(tensor.name in wanted for tensor in outputs):
         raise Malformed(f"the model's answer has no output {_listed(wanted)}, only {_found(outputs)}")
     is_due = promised is not None and (not wanted or promised in wanted)
     if is_due and all(tensor.name != promised for tensor in outputs):

@@ -301,6 +301,15 @@ async def test_outputs_are_each_callers_own_in_its_own_order_split_over_batches(
         assert np.frombuffer(response.raw_output_contents[1], "<i4").tolist() == [1, 2, 3]
 
 
+async def test_an_output_that_the_model_does_not_have_is_who_asks_for_its_fault() -> None:
+    async with in_front_of({"m": ServedModel(infer=echo)}) as (stub, server):
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.ModelInfer(whole(1, 1, outputs=["nope"]))
+        assert failed.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert failed.value.details() == "the model has no output 'nope', only 'x'"
+        assert len(server.requests) == 1
+
+
 def moody(request: pb.ModelInferRequest) -> pb.ModelInferResponse:
     """Outputs `y` and `z`, of which it leaves out `z` when none is named."""
     response = pb.ModelInferResponse(id=request.id)

@@ -1,6 +1,7 @@
 """What an answer must hold, and which of its rows failed by themselves."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,6 +62,13 @@ def wanting(*outputs: str, contract: Contract = ANY_ANSWER) -> Batch:
 def test_an_answer_may_hold_some_of_the_wanted_outputs_and_others_but_not_others_only() -> None:
     assert len(read(wanting("a", "b"), (output(1, name="b"), output(1, name="c"))).outputs) == 2
     assert "no output 'a', 'b', only 'c'" in refused(wanting("a", "b"), (output(1, name="c"),))
+
+
+def test_names_that_only_callers_tell_are_not_the_replicas_fault() -> None:
+    """Bug: three requests for a misspelt output had a healthy replica ejected."""
+    batch = wanting("a")
+    made_up = replace(batch, key=replace(batch.key, outputs=("a",)))
+    assert read(made_up, (output(1, name="c"),)).outputs[0].name == "c"
 
 
 def test_the_models_output_may_be_missing_where_nobody_wants_it() -> None:
