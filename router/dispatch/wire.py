@@ -46,7 +46,7 @@ _REFUSALS: dict[grpc.StatusCode, tuple[type[RouterError], Blame]] = {
 }
 # What Triton tells on a stream by these words alone, it tells on a call by a status as well.
 _WORDS = {
-    re.compile("Server is stopping"): grpc.StatusCode.UNAVAILABLE,
+    re.compile("Server is stopping|Server not ready"): grpc.StatusCode.UNAVAILABLE,
     re.compile("Request for unknown model: .* is not at ready state"): grpc.StatusCode.UNAVAILABLE,
     re.compile("Request for unknown model"): grpc.StatusCode.NOT_FOUND,
 }

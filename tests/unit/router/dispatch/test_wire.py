@@ -189,6 +189,7 @@ def test_a_status_tells_what_to_do_with_the_batch(
     [
         ("Server is stopping, scheduler for model has stopped accepting new inference requests", StreamLost, None),
         ("Request for unknown model: 'm' has no available versions", Refused, Blame.MODEL),
+        ("Server not ready", StreamLost, None),
         ("Request for unknown model: 'm' version 1 is not at ready state", StreamLost, None),
         ("my model says: Server is stopping", Refused, Blame.UNCLEAR),
     ],
