@@ -44,9 +44,11 @@ _REFUSALS: dict[grpc.StatusCode, tuple[type[RouterError], Blame]] = {
     grpc.StatusCode.UNAUTHENTICATED: (ModelFailed, Blame.MODEL),
     grpc.StatusCode.PERMISSION_DENIED: (ModelFailed, Blame.MODEL),
 }
+# Triton's status for a full queue is the one of a server that is gone.
+_FULL = "Exceeds maximum queue size"
 # What Triton tells on a stream by these words alone, it tells on a call by a status as well.
 _WORDS = {
-    re.compile("Server is stopping|Server not ready"): grpc.StatusCode.UNAVAILABLE,
+    re.compile(f"Server is stopping|Server not ready|{_FULL}"): grpc.StatusCode.UNAVAILABLE,
     re.compile("Request for unknown model: .* is not at ready state"): grpc.StatusCode.UNAVAILABLE,
     re.compile("Request for unknown model"): grpc.StatusCode.NOT_FOUND,
 }
@@ -157,6 +159,8 @@ def translate_status(code: grpc.StatusCode, details: str | None, address: str) -
     A batch that the server does not read has too many rows. An answer that we do not read may be the replica's fault.
     """
     text = details or code.name
+    if code is grpc.StatusCode.UNAVAILABLE and _FULL in text:
+        return BackendExhausted(f"{address}: {model_text(text)}")
     if code in LOST:
         return StreamLost(f"{address}: {model_text(text)}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE.search(text):

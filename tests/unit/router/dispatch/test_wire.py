@@ -159,6 +159,7 @@ def test_more_typed_elements_than_are_read_in_one_turn_are_less_with_fewer_rows(
     ("code", "details", "kind", "blame"),
     [
         ("UNAVAILABLE", "gone", StreamLost, None),
+        ("UNAVAILABLE", "[request id: 7] Exceeds maximum queue size", BackendExhausted, None),
         ("CANCELLED", "by the server", StreamLost, None),
         ("DEADLINE_EXCEEDED", "late", StreamLost, None),
         ("RESOURCE_EXHAUSTED", "queue is full", BackendExhausted, None),
@@ -190,6 +191,7 @@ def test_a_status_tells_what_to_do_with_the_batch(
         ("Server is stopping, scheduler for model has stopped accepting new inference requests", StreamLost, None),
         ("Request for unknown model: 'm' has no available versions", Refused, Blame.MODEL),
         ("Server not ready", StreamLost, None),
+        ("Exceeds maximum queue size", BackendExhausted, None),
         ("Request for unknown model: 'm' version 1 is not at ready state", StreamLost, None),
         ("my model says: Server is stopping", Refused, Blame.UNCLEAR),
     ],
