@@ -200,6 +200,7 @@ class Lanes:
                 cache_max_bytes=settings.cache_max_bytes,
                 max_rows=self._settings.limits.max_queued_rows,
                 contract=_contract(site.key, model),
+                outputs=site.key.outputs or model.told_outputs,
             )
         self.by_key[site.key] = site.lane
         return site.lane

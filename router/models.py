@@ -66,6 +66,11 @@ class Model:
     is_batched: bool
     max_batch_rows: int
 
+    @property
+    def told_outputs(self) -> tuple[str, ...]:
+        """The names of all, as far as the backend tells. To name none is not the same: MLServer leaves some out."""
+        return tuple(tensor.name for tensor in self.info.outputs) if self.info else ()
+
     def check_inputs(self, specs: Sequence[TensorSpec]) -> None:
         """Compare a request's inputs with the model's. Raises InvalidArgument."""
         rules.check_inputs(self.info, specs, is_batched=self.is_batched)

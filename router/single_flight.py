@@ -38,11 +38,13 @@ class SingleFlight:
         self._cached_rows = metrics.cached_rows.labels(backend)
         self._loop = asyncio.get_running_loop()
         # State: rows that may follow at a time; who waits for what; what is known, where answers are kept, and by which
-        # settings; the timer of deadlines and of the cache, and when it rings; when the last block came.
+        # settings; the outputs that all rows ask for; the timer of deadlines and of the cache, and when it rings; when
+        # the last block came.
         self._max_rows = 0
         self._flights = Flights()
         self._cache: AnswerCache | None = None
-        self._keeping: tuple[float, int, Contract] | None = None
+        self._keeping: tuple[float, int, Contract, tuple[str, ...]] | None = None
+        self._outputs: tuple[str, ...] = ()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
         self._last_used = self._loop.time()
@@ -75,10 +77,21 @@ class SingleFlight:
         """Whether nothing came, waited or flew since `then`."""
         return self._last_used < then and self._batcher.is_idle_since(then)
 
-    def apply(self, *, cache_ttl_s: float, cache_max_bytes: int, max_rows: int, contract: Contract) -> None:
-        """Keep answers that hold `contract` for so long, in so many bytes (0 s: none), and let so many rows follow."""
-        self._max_rows = max_rows
-        keeping = cache_ttl_s, cache_max_bytes, contract
+    def apply(
+        self,
+        *,
+        cache_ttl_s: float,
+        cache_max_bytes: int,
+        max_rows: int,
+        contract: Contract,
+        outputs: tuple[str, ...],
+    ) -> None:
+        """Keep answers that hold `contract` for so long, in so many bytes (0 s: none), and let so many rows follow.
+
+        `outputs`: the names of all that anybody may want, as far as they are known.
+        """
+        self._max_rows, self._outputs = max_rows, outputs
+        keeping = cache_ttl_s, cache_max_bytes, contract, outputs
         if keeping != self._keeping:
             self._keeping = keeping
             self._cache = AnswerCache(cache_ttl_s, cache_max_bytes) if cache_ttl_s else None
@@ -121,7 +134,8 @@ class SingleFlight:
         if not boarding.leads:
             return None
         flight = begin(block, boarding)
-        queued = gather(block, [rows[0] for rows in boarding.leads.values()], _Lead(self, self._flights, flight))
+        lead = _Lead(self, self._flights, flight)
+        queued = gather(block, [rows[0] for rows in boarding.leads.values()], lead, self._outputs)
         self._batcher.infer(queued)
         flight.block = queued
         return flight

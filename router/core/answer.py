@@ -42,7 +42,7 @@ def read_answer(
         Malformed: it does not fit its batch, and no row of it can be trusted.
     """
     check(outputs, batch.rows)
-    _check_outputs(outputs, wanted_outputs(batch), batch.contract.output)
+    _check_outputs(outputs, wanted_outputs(batch), batch.contract.output, are_told=not batch.key.outputs)
     failed = read_row_errors(row_errors, batch.rows) if row_errors is not None else {}
     fault = None
     if not batch.contract.allow_nan:
@@ -63,13 +63,14 @@ def read_answer(
     )
 
 
-def _check_outputs(outputs: Outputs, wanted: Sequence[str], promised: str | None) -> None:
+def _check_outputs(outputs: Outputs, wanted: Sequence[str], promised: str | None, *, are_told: bool) -> None:
     """Refuse an answer without the output that the contract names, or with none of those that were asked for.
 
     With some of them it is good for some of the callers, and each looks for its own. More than was asked for harms
-    nobody, and who did not ask for what the contract names does not miss it.
+    nobody, and who did not ask for what the contract names does not miss it. `are_told`: the backend itself tells what
+    was asked for; where it does not, the replica is not to blame for the names that callers make up.
     """
-    if wanted and not any(tensor.name in wanted for tensor in outputs):
+    if are_told and wanted and not any(tensor.name in wanted for tensor in outputs):
         raise Malformed(f"the model's answer has no output {_listed(wanted)}, only {_found(outputs)}")
     is_due = promised is not None and (not wanted or promised in wanted)
     if is_due and all(tensor.name != promised for tensor in outputs):
@@ -93,10 +94,15 @@ def read_row_errors(text: str, rows: int) -> dict[int, str]:
     numbers = {str(number) for number in range(rows)}
     if not isinstance(pairs, list) or not all(_is_named(pair, numbers) for pair in pairs):
         raise Malformed(f"{ROW_ERRORS} is not an object of row numbers below {rows} and texts: {model_text(text)}")
-    named = {int(number): model_text(message) for number, message in pairs}
+    named = {int(number): model_text(_encodable(message)) for number, message in pairs}
     if len(named) != len(pairs):
         raise Malformed(f"{ROW_ERRORS} names a row more than once: {model_text(text)}")
     return named
+
+
+def _encodable(text: str) -> str:
+    """JSON can spell halves of a surrogate pair, which no message and no response can carry."""
+    return text.encode(errors="replace").decode()
 
 
 def _is_named(pair: Any, numbers: set[str]) -> bool:  # noqa: ANN401 (whatever JSON may hold)

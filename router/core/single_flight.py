@@ -67,19 +67,20 @@ def runs_of(rows: Sequence[int]) -> list[Run]:
     return runs
 
 
-def gather(block: Block, rows: Sequence[int], recipient: Recipient) -> Block:
+def gather(block: Block, rows: Sequence[int], recipient: Recipient, outputs: tuple[str, ...] = ()) -> Block:
     """Some rows of a block, in ascending order, as a block for another recipient; all of them are not copied.
 
     It wants every output: those who follow, or find the answer in the cache, may want others than this caller.
+    `outputs`: their names, as far as they are told; who names none has what the backend likes.
     """
     if len(rows) == block.rows:
-        return replace(block, recipient=recipient, outputs=())
+        return replace(block, recipient=recipient, outputs=outputs)
     runs = runs_of(rows)
     inputs = tuple(b"".join([block.slice(number, *run) for run in runs]) for number in range(len(block.inputs)))
     if not isinstance(block, VariableBlock):
-        return replace(block, rows=len(rows), inputs=inputs, recipient=recipient, outputs=())
+        return replace(block, rows=len(rows), inputs=inputs, recipient=recipient, outputs=outputs)
     offsets = tuple(None if one is None else _gather_offsets(one, rows) for one in block.offsets)
-    return replace(block, rows=len(rows), inputs=inputs, recipient=recipient, outputs=(), offsets=offsets)
+    return replace(block, rows=len(rows), inputs=inputs, recipient=recipient, outputs=outputs, offsets=offsets)
 
 
 def _gather_offsets(offsets: Offsets, rows: Sequence[int]) -> Offsets:

@@ -3,6 +3,7 @@
 Pure: it knows messages and statuses of the Open Inference Protocol, no connection and no time.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -43,11 +44,16 @@ _REFUSALS: dict[grpc.StatusCode, tuple[type[RouterError], Blame]] = {
     grpc.StatusCode.UNAUTHENTICATED: (ModelFailed, Blame.MODEL),
     grpc.StatusCode.PERMISSION_DENIED: (ModelFailed, Blame.MODEL),
 }
+# Triton's status for a full queue is the one of a server that is gone.
+_FULL = "Exceeds maximum queue size"
 # What Triton tells on a stream by these words alone, it tells on a call by a status as well.
 _WORDS = {
-    "Server is stopping": grpc.StatusCode.UNAVAILABLE,
-    "Request for unknown model": grpc.StatusCode.NOT_FOUND,
+    re.compile(f"Server is stopping|Server not ready|{_FULL}"): grpc.StatusCode.UNAVAILABLE,
+    re.compile("Request for unknown model: .* is not at ready state"): grpc.StatusCode.UNAVAILABLE,
+    re.compile("Request for unknown model"): grpc.StatusCode.NOT_FOUND,
 }
+# Of a message over a limit, in the words of gRPC's C core and Go, of Java, of .NET.
+_TOO_LARGE = re.compile("larger than max|message exceeds maximum size|message exceeds the maximum configured")
 
 
 def to_request(batch: Batch) -> pb.ModelInferRequest:
@@ -153,9 +159,11 @@ def translate_status(code: grpc.StatusCode, details: str | None, address: str) -
     A batch that the server does not read has too many rows. An answer that we do not read may be the replica's fault.
     """
     text = details or code.name
+    if code is grpc.StatusCode.UNAVAILABLE and _FULL in text:
+        return BackendExhausted(f"{address}: {model_text(text)}")
     if code in LOST:
         return StreamLost(f"{address}: {model_text(text)}")
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE.search(text):
         blame = Blame.UNCLEAR if "CLIENT: Received" in text else Blame.ROWS
         return Refused(f"{address}: {model_text(text)}", blame=blame)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -165,5 +173,5 @@ def translate_status(code: grpc.StatusCode, details: str | None, address: str) -
 
 def translate_message(text: str, address: str) -> BackendError:
     """An error on a stream, without its request's id. It has no status: but for known words it is the model's."""
-    code = next((code for words, code in _WORDS.items() if text.startswith(words)), None)
+    code = next((code for words, code in _WORDS.items() if words.match(text)), None)
     return Refused(model_text(text)) if code is None else translate_status(code, text, address)

@@ -5,8 +5,10 @@ model's configuration has labels; nobody tells us those.)
 """
 
 import math
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from router.core.elements import LENGTH
 from router.core.types import BYTES, Tensor
@@ -14,6 +16,8 @@ from router.errors import InvalidArgument
 
 # Elements told in one output: each is a text, and the others wait meanwhile.
 MAX_CLASSES = 131_072
+# Elements looked at for that, 0.02 µs each.
+MAX_VALUES = 4_194_304
 
 _TYPES = {
     "UINT8": "u1",
@@ -38,15 +42,38 @@ def classify(tensor: Tensor, classes: int, *, is_batched: bool) -> Tensor:
         shape = list(tensor.shape if is_batched else tensor.shape[1:])
         raise InvalidArgument(f"output {tensor.name!r}, {tensor.datatype}{shape}, cannot be told as classes")
     rows, elements = tensor.shape[0], math.prod(tensor.shape[1:])
-    values = np.frombuffer(tensor.data, _TYPES[tensor.datatype]).reshape(rows, elements)
     most = min(classes, elements)
     if rows * most > MAX_CLASSES:
         raise InvalidArgument(f"output {tensor.name!r}: {rows * most} classes, at most {MAX_CLASSES} are told at once")
-    # Backwards and stable: so of equal ones the first comes first, whatever the type (a negated 0 of UINT8 is 0).
-    places = elements - 1 - np.argsort(values[:, ::-1], axis=1, kind="stable")[:, ::-1][:, :most]
+    if rows * elements > MAX_VALUES:
+        what = f"classes of {rows * elements} elements, of at most {MAX_VALUES} they are told at once"
+        raise InvalidArgument(f"output {tensor.name!r}: {what}")
+    values = np.frombuffer(tensor.data, _TYPES[tensor.datatype]).reshape(rows, elements)
+    places = _highest(values, most)
     pattern = "{:f}:{}" if tensor.datatype.startswith("FP") else "{}:{}"
     chosen = np.take_along_axis(values, places, axis=1)
     texts = [
         pattern.format(*pair).encode() for pair in zip(chosen.ravel().tolist(), places.ravel().tolist(), strict=True)
     ]
     return Tensor(tensor.name, BYTES, (rows, most), b"".join([LENGTH.pack(len(text)) + text for text in texts]))
+
+
+def _highest(values: npt.NDArray[Any], most: int) -> npt.NDArray[np.intp]:
+    """The places of each row's highest values. Only these are sorted: to sort all would take twenty times as long."""
+    rows, elements = values.shape
+    if values.dtype.kind == "f":  # a NaN has no place in any order
+        values = np.where(np.isnan(values), np.inf, values)
+    if not most or most == elements:
+        return _sorted_places(values)[:, :most]
+    least = np.partition(values, elements - most, axis=1)[:, elements - most, np.newaxis]
+    is_chosen, is_least = values > least, values == least
+    room = most - np.count_nonzero(is_chosen, axis=1, keepdims=True)
+    is_chosen |= is_least & (np.cumsum(is_least, axis=1, dtype=np.int32) <= room)
+    chosen = np.nonzero(is_chosen)[1].reshape(rows, most)
+    return np.take_along_axis(chosen, _sorted_places(np.take_along_axis(values, chosen, axis=1)), axis=1)
+
+
+def _sorted_places(values: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
+    """Backwards and stable: so of equal ones the first comes first, whatever the type (a negated 0 of UINT8 is 0)."""
+    places: npt.NDArray[np.intp] = values.shape[1] - 1 - np.argsort(values[:, ::-1], axis=1, kind="stable")[:, ::-1]
+    return places

@@ -18,8 +18,8 @@ from router.models import Model, Models
 from router.servicers import parameters
 from router.servicers.convert import check_name
 
-# Characters that names, shapes and parameters of a request may have together. They are kept with the key, of which
-# there may be ten thousand, and go with every batch of it.
+# Characters that names, shapes and parameters of a request may have together, and its outputs' names where they belong
+# to the key. They are kept with the key, of which there may be ten thousand, and go with every batch of it.
 MAX_HEAD_CHARACTERS = 8192
 # What a parameter or a dimension counts as beside its name.
 NUMBER_CHARACTERS = 8
@@ -102,11 +102,11 @@ class Heads:
         model = self._find_model(message.model_name, message.model_version, agent_type)
         specs, rows = _read_specs(message.inputs, is_batched=model.is_batched)
         kept = parameters.of_the_key(asked, model.settings.ignore_parameters)
-        _check_head(specs, kept)
         outputs, classes = _read_outputs(message.outputs)
         model.check_outputs(outputs)
-        told = _told_outputs(model)
+        told = model.told_outputs
         apart = () if told else tuple(sorted(outputs))
+        _check_head(specs, kept, apart)
         whose = message.model_name, message.model_version, agent_type
         target = self._find_target(whose, specs, kept, tuple(type(value) for _, value in kept), apart)
         return Head(target, rows, _sizes(specs, rows), timeout_s, is_batch_class, outputs, outputs or told, classes)
@@ -219,12 +219,15 @@ def _check_tensor(tensor: pb.ModelInferRequest.InferInputTensor) -> None:
         raise InvalidArgument(f"input {tensor.name!r} has the unknown datatype {tensor.datatype!r}")
 
 
-def _check_head(specs: Sequence[TensorSpec], kept: Sequence[tuple[str, ParameterValue]]) -> None:
+def _check_head(
+    specs: Sequence[TensorSpec], kept: Sequence[tuple[str, ParameterValue]], outputs: Sequence[str]
+) -> None:
     characters = sum(len(spec.name) + NUMBER_CHARACTERS * (1 + len(spec.row_shape)) for spec in specs)
+    characters += sum(map(len, outputs))
     for name, value in kept:
         characters += len(name) + (len(value) if isinstance(value, str) else NUMBER_CHARACTERS)
     if characters > MAX_HEAD_CHARACTERS:
-        what = f"inputs' names and shapes and parameters take {characters} characters"
+        what = f"names of inputs and outputs, shapes and parameters take {characters} characters"
         raise InvalidArgument(f"{what}, at most {MAX_HEAD_CHARACTERS} are allowed")
 
 
@@ -237,11 +240,6 @@ def _read_outputs(
     if len(set(names)) < len(names):
         raise InvalidArgument("an output is asked for twice")
     return names, classes if any(classes) else ()
-
-
-def _told_outputs(model: Model) -> tuple[str, ...]:
-    """The names of all, as far as the backend tells. To name none is not the same: MLServer leaves some out then."""
-    return tuple(tensor.name for tensor in model.info.outputs) if model.info else ()
 
 
 def _sizes(specs: Sequence[TensorSpec], rows: int) -> tuple[int, ...]:

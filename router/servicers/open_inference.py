@@ -16,7 +16,8 @@ from protos.open_inference import open_inference_pb2 as pb
 from router import __version__
 from router.config import Settings
 from router.core.model_info import ModelState
-from router.errors import InternalError, InvalidArgument, RouterError
+from router.errors import InternalError, InvalidArgument, RouterError, Unavailable
+from router.models import Unlearned
 from router.servicers import descriptions, infer_unary
 from router.servicers.infer_request import Front
 from router.servicers.infer_stream import Context as StreamContext
@@ -38,6 +39,8 @@ EXTENSIONS = (
     "parameters",
     "schedule_policy",
 )
+# Until a model that is not ready is asked about again, about.
+UNREADY_RETRY_AFTER_S = 1.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Question = TypeVar("Question", bound=Readable)
@@ -121,7 +124,10 @@ class OpenInferenceServicer:
         """Raises RouterError."""
         report = await self._around.models.report(request.name, request.version)
         descriptions.check_there(request.name, request.version, report)
-        model = self._around.models.find(request.name, request.version, "")
+        try:
+            model = self._around.models.find(request.name, request.version, "")
+        except Unlearned as error:  # no rows would be sent now, and what they would be sent as nobody knows
+            raise Unavailable(f"model {request.name!r} is not ready", retry_after_s=UNREADY_RETRY_AFTER_S) from error
         return pb.ModelConfigResponse(config=descriptions.to_config(request.name, model))
 
     async def repository_index(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:

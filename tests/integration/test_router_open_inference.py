@@ -267,6 +267,17 @@ async def test_a_model_that_is_not_ready_or_unknown_is_told_so() -> None:
         assert failed.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_the_configuration_of_a_model_that_is_not_ready_is_not_there_yet() -> None:
+    """Bug: this was told as a bug of the router."""
+    models = {"m": ServedModel(metadata("m", [("x", "FP32", (-1, 1))], [("y", "FP32", (-1, 1))]), is_ready=False)}
+    async with in_front_of(models) as (stub, _):
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.ModelConfig(pb.ModelConfigRequest(name="m"))
+        assert (failed.value.code(), failed.value.details()) == (grpc.StatusCode.UNAVAILABLE, "model 'm' is not ready")
+        models["m"].is_ready = True
+        assert (await stub.ModelConfig(pb.ModelConfigRequest(name="m"))).config.name == "m"
+
+
 async def test_a_model_that_cannot_be_batched_rightly_is_refused_with_what_would_help() -> None:
     told = metadata("m", [("x", "FP32", (-1, 4))], [("y", "FP32", (4,))])
     async with in_front_of({"m": ServedModel(told)}) as (stub, server):
@@ -290,6 +301,15 @@ async def test_outputs_are_each_callers_own_in_its_own_order_split_over_batches(
         assert np.frombuffer(response.raw_output_contents[1], "<i4").tolist() == [1, 2, 3]
 
 
+async def test_an_output_that_the_model_does_not_have_is_who_asks_for_its_fault() -> None:
+    async with in_front_of({"m": ServedModel(infer=echo)}) as (stub, server):
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.ModelInfer(whole(1, 1, outputs=["nope"]))
+        assert failed.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert failed.value.details() == "the model has no output 'nope', only 'x'"
+        assert len(server.requests) == 1
+
+
 def moody(request: pb.ModelInferRequest) -> pb.ModelInferResponse:
     """Outputs `y` and `z`, of which it leaves out `z` when none is named."""
     response = pb.ModelInferResponse(id=request.id)
@@ -299,13 +319,14 @@ def moody(request: pb.ModelInferRequest) -> pb.ModelInferResponse:
     return response
 
 
+@pytest.mark.parametrize("sharing", [{}, {"deterministic": True, "cache_ttl_s": 60.0}])
 @pytest.mark.parametrize(("are_told", "all_names"), [(True, ["y", "z"]), (False, ["y"])])
 async def test_who_names_no_outputs_has_all_that_are_told_and_who_names_some_has_those(
-    are_told: bool, all_names: Sequence[str]
+    are_told: bool, all_names: Sequence[str], sharing: Mapping[str, object]
 ) -> None:
     shape = (-1, 1)
     told = metadata("m", [("x", "FP32", shape)], [("y", "FP32", shape), ("z", "FP32", shape)])
-    async with in_front_of({"m": ServedModel(told if are_told else None, infer=moody)}) as (stub, _):
+    async with in_front_of({"m": ServedModel(told if are_told else None, infer=moody)}, **sharing) as (stub, _):
         for wanted, found in (((), all_names), (("z",), ["z"]), (("z", "y"), ["z", "y"])):
             response = await stub.ModelInfer(whole(1, 1, outputs=wanted))
             assert [output.name for output in response.outputs] == list(found)

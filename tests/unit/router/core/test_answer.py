@@ -1,6 +1,7 @@
 """What an answer must hold, and which of its rows failed by themselves."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,6 +64,13 @@ def test_an_answer_may_hold_some_of_the_wanted_outputs_and_others_but_not_others
     assert "no output 'a', 'b', only 'c'" in refused(wanting("a", "b"), (output(1, name="c"),))
 
 
+def test_names_that_only_callers_tell_are_not_the_replicas_fault() -> None:
+    """Bug: three requests for a misspelt output had a healthy replica ejected."""
+    batch = wanting("a")
+    made_up = replace(batch, key=replace(batch.key, outputs=("a",)))
+    assert read(made_up, (output(1, name="c"),)).outputs[0].name == "c"
+
+
 def test_the_models_output_may_be_missing_where_nobody_wants_it() -> None:
     contract = Contract(output="score")
     assert read(wanting("a", contract=contract), (output(1, name="a"),)).fault is None
@@ -86,6 +94,11 @@ def test_messages_are_cut_in_the_middle_since_tracebacks_say_at_their_end_what_i
     assert len(message) == MODEL_TEXT_MAX
     assert (message[:6], " ... " in message, message[-4:]) == ("begins", True, "ends")
     assert read_row_errors(json.dumps({"0": "x" * MODEL_TEXT_MAX}), 1) == {0: "x" * MODEL_TEXT_MAX}
+
+
+def test_half_a_surrogate_pair_in_a_rows_error_is_told_as_what_can_be_sent() -> None:
+    assert read_row_errors(r'{"0": "bad \ud800 row"}', 1) == {0: "bad ? row"}
+    assert read_row_errors(r'{"0": "\ud83d\ude00"}', 1) == {0: "\N{GRINNING FACE}"}
 
 
 def test_the_first_and_the_last_row_can_be_named() -> None:

@@ -75,6 +75,7 @@ def test_all_rows_of_a_block_are_gathered_without_a_copy_and_some_as_one_block()
 def test_rows_that_lead_want_every_output_as_those_who_follow_may_want_others(block: Block, rows: list[int]) -> None:
     block.outputs = ("y",)
     assert gather(block, rows, Listener()).outputs == ()
+    assert gather(block, rows, Listener(), ("y", "z")).outputs == ("y", "z")
     assert block.outputs == ("y",)
 
 

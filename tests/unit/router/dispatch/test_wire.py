@@ -159,10 +159,13 @@ def test_more_typed_elements_than_are_read_in_one_turn_are_less_with_fewer_rows(
     ("code", "details", "kind", "blame"),
     [
         ("UNAVAILABLE", "gone", StreamLost, None),
+        ("UNAVAILABLE", "[request id: 7] Exceeds maximum queue size", BackendExhausted, None),
         ("CANCELLED", "by the server", StreamLost, None),
         ("DEADLINE_EXCEEDED", "late", StreamLost, None),
         ("RESOURCE_EXHAUSTED", "queue is full", BackendExhausted, None),
         ("RESOURCE_EXHAUSTED", "SERVER: Received message larger than max (5 vs. 4)", Refused, Blame.ROWS),
+        ("RESOURCE_EXHAUSTED", "gRPC message exceeds maximum size 4194304: 5000000", Refused, Blame.ROWS),
+        ("RESOURCE_EXHAUSTED", "Received message exceeds the maximum configured message size.", Refused, Blame.ROWS),
         ("RESOURCE_EXHAUSTED", "CLIENT: Received message larger than max (5 vs. 4)", Refused, Blame.UNCLEAR),
         ("INVALID_ARGUMENT", "bad", Refused, Blame.ROWS),
         ("NOT_FOUND", "which?", Refused, Blame.MODEL),
@@ -187,6 +190,9 @@ def test_a_status_tells_what_to_do_with_the_batch(
     [
         ("Server is stopping, scheduler for model has stopped accepting new inference requests", StreamLost, None),
         ("Request for unknown model: 'm' has no available versions", Refused, Blame.MODEL),
+        ("Server not ready", StreamLost, None),
+        ("Exceeds maximum queue size", BackendExhausted, None),
+        ("Request for unknown model: 'm' version 1 is not at ready state", StreamLost, None),
         ("my model says: Server is stopping", Refused, Blame.UNCLEAR),
     ],
 )
