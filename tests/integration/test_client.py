@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
@@ -319,6 +320,38 @@ async def test_status_tells_of_gateway_and_router(client: AsyncClient) -> None:
     status = await client.status()
     assert (status.gateway.router, status.gateway.error) == ("connected", None)
     assert (status.router.rows, status.router.ready_replicas, status.router.queued_rows) == (2, {"mock": 1}, 0)
+
+
+@contextlib.asynccontextmanager
+async def page_server(part: bytes, *, is_last: bool) -> AsyncIterator[str]:
+    """The URL of a server that answers everything with `part`, once or without end."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + part)
+        while not is_last and not writer.transport.is_closing():
+            writer.write(part)
+            await asyncio.sleep(0.05)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("page", "is_last", "gateway", "router"),
+    [
+        (b"a 1\n", False, "no answer in time", "no answer in time"),  # each part in time, the whole never
+        (b"[" * 200_000, True, "recursion", "Invalid|could not|metric"),
+        (b"router_queued_rows +Inf\n", True, "Expecting value", "infinity"),
+    ],
+)
+async def test_status_tells_of_pages_that_are_none(page: bytes, *, is_last: bool, gateway: str, router: str) -> None:
+    async with page_server(page, is_last=is_last) as url, AsyncClient(gateway=url, metrics=url) as client:
+        status = await client.status(timeout_s=0.3 if not is_last else PATIENCE_S)
+    assert re.search(gateway, status.gateway.error or "")
+    assert re.search(router, status.router.error or "")
 
 
 async def test_status_says_who_is_away() -> None:
