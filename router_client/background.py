@@ -46,11 +46,12 @@ class BackgroundLoop:
 
     def iterate(self, source: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """Yield what ``source`` yields. It is closed when the caller closes this, or stops in the middle."""
+        steps = asyncio.Lock()
         try:
-            while (item := self.run(_next(source))) is not None:
+            while (item := self.run(_next(source, steps))) is not None:
                 yield item
         finally:
-            self.run(source.aclose())
+            self.run(_close(source, steps))
 
     def _check_caller(self) -> None:
         if self._pid != os.getpid():
@@ -59,8 +60,15 @@ class BackgroundLoop:
             raise RuntimeError("a call from the client's own thread would wait for itself; use AsyncClient there")
 
 
-async def _next(source: AsyncGenerator[T, None]) -> T | None:
-    return await anext(source, None)
+async def _next(source: AsyncGenerator[T, None], steps: asyncio.Lock) -> T | None:
+    async with steps:
+        return await anext(source, None)
+
+
+async def _close(source: AsyncGenerator[T, None], steps: asyncio.Lock) -> None:
+    """After a Ctrl-C the step that it cancelled is still cleaning up, and a generator takes one step at a time."""
+    async with steps:
+        await source.aclose()
 
 
 class _Shared:

@@ -21,7 +21,7 @@ from typing import Any, Self
 import httpx
 
 from router_client.errors import DeadlineExceeded, Internal, InvalidArgument, RouterError, Unavailable, error_of
-from router_client.jobs import read_errors
+from router_client.jobs import UNREADABLE, read_errors
 from router_client.retry import RetryPolicy, left_s
 
 CODE_OF_STATUS = {
@@ -58,6 +58,10 @@ class Request:
     query: Mapping[str, str] | None = None
     may_repeat: bool = True
     accepted: frozenset[int] = frozenset({200, 202, 204})
+
+
+class Closed(Unavailable):
+    """The client was closed before there was an answer; to ask again is no use."""
 
 
 class _Lost(Exception):
@@ -102,7 +106,7 @@ class Gateway:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close every connection."""
+        """Close every connection; what is open then fails with Unavailable."""
         await self._http.aclose()
 
     async def ask(self, request: Request, *, timeout_s: float, policy: RetryPolicy | None = None) -> Any:  # noqa: ANN401
@@ -131,7 +135,12 @@ class Gateway:
     def _delay_s(self, lost: _Lost, sent: int, left_s: float, policy: RetryPolicy) -> float | None:
         return policy.delay_s(sent, lost.error.retry_after_s, left_s, self._chance()) if lost.may_repeat else None
 
+    def _check_open(self) -> None:
+        if self._http.is_closed:
+            raise Closed("the client was closed")
+
     async def _try(self, request: Request, timeout_s: float) -> Any:  # noqa: ANN401 -- JSON
+        self._check_open()
         try:
             async with asyncio.timeout(timeout_s):
                 response = await self._send(request)
@@ -140,6 +149,7 @@ class Gateway:
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as exc:
             raise _Lost(Unavailable(f"no gateway at {self._url}: {_words(exc)}"), may_repeat=True) from exc
         except httpx.TransportError as exc:
+            self._check_open()
             error = Unavailable(f"the connection to the gateway at {self._url} was lost: {_words(exc)}")
             raise _Lost(error, may_repeat=request.may_repeat) from exc
         except httpx.HTTPError as exc:
@@ -166,7 +176,7 @@ class Gateway:
             return None
         try:
             return response.json()
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise Internal(f"{self._url} answers no JSON; is that a gateway?") from exc
 
 
@@ -177,7 +187,7 @@ def problem_of(response: httpx.Response) -> RouterError:
     document = _problem(response)
     try:
         agents = read_errors(document)
-    except (KeyError, TypeError, AttributeError):
+    except UNREADABLE:
         agents = {}
     return error_of(
         CODE_OF_STATUS.get(status, default),
@@ -214,15 +224,15 @@ def is_loopback(url: str) -> bool:
 def _problem(response: httpx.Response) -> Mapping[str, Any]:
     try:
         document = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
 
 
 def _retry_after_s(headers: httpx.Headers) -> float | None:
-    """Whole seconds; a date, which nobody here sends, is no time."""
+    """Whole seconds; a date, which nobody here sends, is no time, nor is one beyond all calendars."""
     told = headers.get("retry-after", "")
-    return float(told) if told.isascii() and told.isdecimal() else None
+    return float(told) if told.isascii() and told.isdecimal() and len(told) <= 10 else None
 
 
 def _dump(body: Mapping[str, Any]) -> bytes:

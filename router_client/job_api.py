@@ -18,9 +18,9 @@ from router_client.errors import (
     RouterError,
     Unavailable,
 )
-from router_client.gateway import Request
+from router_client.gateway import Closed, Request
 from router_client.jobs import Job, JobKind, JobStatus, Priority, agents_body, read_job, text_body
-from router_client.retry import RetryPolicy, backoff_s, left_s
+from router_client.retry import MAX_PUSHBACK_S, RetryPolicy, backoff_s, left_s
 
 HOLD_S = 30
 """Of one poll when only the end matters; the gateway holds one for 60 s, a proxy often not."""
@@ -99,6 +99,7 @@ class JobApi:
             query["status"] = status
         if kind is not None:
             query["kind"] = kind
+        cursors: set[str] = set()
         while wanted > 0:
             query["limit"] = str(int(min(wanted, LONGEST_PAGE)))
             page = await self._ask(Request(method="GET", path="/jobs", query=query))
@@ -108,6 +109,9 @@ class JobApi:
             wanted -= len(jobs)
             if cursor is None:
                 return
+            if cursor in cursors:
+                raise Internal(f"the gateway's pages of jobs lead in a circle, back to {cursor!r}")
+            cursors.add(cursor)
             query["cursor"] = cursor
 
     async def changes(self, job_id: str, *, timeout_s: float | None, hold_s: int) -> AsyncGenerator[Job, None]:
@@ -180,10 +184,10 @@ class _Poll:
 
     def _note_failure(self, error: RouterError) -> None:
         self._failures += 1
-        if error.code not in _PASSING or _now() - self._answered_at >= AWAY_S:
+        if isinstance(error, Closed) or error.code not in _PASSING or _now() - self._answered_at >= AWAY_S:
             raise error
         pause_s = backoff_s(self._failures) if error.retry_after_s is None else error.retry_after_s
-        self._next_at = _now() + pause_s
+        self._next_at = _now() + min(pause_s, MAX_PUSHBACK_S)
 
     async def _sleep_until(self, when: float) -> None:
         end = when if self._deadline is None else min(when, self._deadline)

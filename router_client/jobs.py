@@ -19,6 +19,8 @@ JobKind: TypeAlias = Literal["text", "agents"]
 Priority: TypeAlias = Literal["interactive", "batch"]
 Document: TypeAlias = Mapping[str, Any]
 
+# What a document of another form raises when it is read; the last of a number that is none, or infinite.
+UNREADABLE = (KeyError, TypeError, AttributeError, ValueError, OverflowError)
 _EXPLAINED = [field.name for field in fields(Explanation)]
 TERMINAL: frozenset[JobStatus] = frozenset({"completed", "failed", "cancelled"})
 
@@ -116,7 +118,7 @@ def read_job(document: object, kind: JobKind = "text") -> Job:
             not_before=_time(told.get("not_before")),
             document=told,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+    except UNREADABLE as exc:
         raise Internal(f"the gateway's answer is no job: {exc!r}") from exc
 
 
@@ -129,7 +131,7 @@ def read_results(body: Document) -> Results:
     try:
         answered = {name: _result(told) for name, told in body["results"].items()}
         return Results(answered | {name: AgentResult([], error) for name, error in read_errors(body).items()})
-    except (KeyError, TypeError, AttributeError) as exc:
+    except UNREADABLE as exc:
         raise Internal(f"the gateway's answer holds no results: {exc!r}") from exc
 
 

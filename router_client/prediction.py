@@ -1,7 +1,8 @@
 """Agents over the native stream, asked again where the router pushes back. Must not know the wire but for its blocks.
 
-Only agents that were pushed back are sent again (RESOURCE_EXHAUSTED, UNAVAILABLE, with a time), in a call of their own;
-their neighbours' answers stand. A call that found no router is not: `RouterClient` has waited for one already.
+Only agents that were pushed back are sent again (RESOURCE_EXHAUSTED, with a time), in a call of their own; their
+neighbours' answers stand. UNAVAILABLE is not, whatever time it names: `RouterClient` has waited for a router already,
+and rows that were lost with their model server may have been executed; how often they may be, the router knows.
 """
 
 import asyncio
@@ -21,15 +22,11 @@ PRIORITY_CLASSES: dict[Priority, pb.PriorityClass.ValueType] = {
     "interactive": pb.PRIORITY_CLASS_INTERACTIVE,
     "batch": pb.PRIORITY_CLASS_BATCH,
 }
-_PUSHED_BACK = frozenset({"RESOURCE_EXHAUSTED", "UNAVAILABLE"})
+_PUSHED_BACK = "RESOURCE_EXHAUSTED"
 
 
 class Router(Protocol):
     """What is used of RouterClient."""
-
-    @property
-    def is_connected(self) -> bool:
-        """True while a router takes calls."""
 
     async def predict(
         self,
@@ -84,10 +81,10 @@ class Rounds:
         self._sent = 0
         self._pushed_back: dict[str, AgentResult] = {}
 
-    def take(self, name: str, result: AgentResult, *, may_retry: bool) -> bool:
+    def take(self, name: str, result: AgentResult) -> bool:
         """Note a result; return whether it is final. One that is not is kept until `next_delay_s`."""
         error = result.error
-        if not may_retry or error is None or error.code not in _PUSHED_BACK or error.retry_pushback_ms is None:
+        if error is None or error.code != _PUSHED_BACK or error.retry_pushback_ms is None:
             return True
         self._pushed_back[name] = result
         return False
@@ -124,8 +121,7 @@ class Predictor:
         deadline = _deadline(options)
         while True:
             results = await self._router.predict(rounds.agents, **_arguments(options, deadline))
-            may_retry = self._router.is_connected
-            final |= {name: it for name, it in results.items() if rounds.take(name, it, may_retry=may_retry)}
+            final |= {name: it for name, it in results.items() if rounds.take(name, it)}
             if not await self._waits(rounds, deadline):
                 break
         final |= rounds.given_up()
@@ -142,7 +138,7 @@ class Predictor:
             is_first = False
             async with aclosing(self._send(rounds.agents, options, deadline)) as outcomes:
                 async for name, result in outcomes:
-                    if rounds.take(name, result, may_retry=self._router.is_connected):
+                    if rounds.take(name, result):
                         yield name, result
         for item in rounds.given_up().items():
             yield item

@@ -1,5 +1,6 @@
 """How gateway and router are: `/readyz` of the one, the other's metrics. Pure but for two requests."""
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,9 @@ from router_client.gateway import check_url, is_loopback
 if TYPE_CHECKING:
     from prometheus_client import Metric
     from prometheus_client.samples import Sample
+
+# No answer, or none that can be read: nested too deeply, or with an infinite count.
+UNANSWERED = (httpx.HTTPError, TimeoutError, ValueError, KeyError, RecursionError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,25 +114,27 @@ async def ask_gateway(url: str, *, timeout_s: float) -> GatewayStatus:
     try:
         response = await _get(f"{check_url(url)}/readyz", timeout_s)
         return read_readyz(url, response.json())
-    except httpx.HTTPError as exc:
-        return GatewayStatus(url=url, error=str(exc) or type(exc).__name__)
-    except ValueError as exc:
-        return GatewayStatus(url=url, error=str(exc))
+    except UNANSWERED as exc:
+        return GatewayStatus(url=url, error=_words(exc))
 
 
 async def ask_router(url: str, *, timeout_s: float) -> RouterStatus:
     """Return what the metrics at ``url`` say, or why they do not; never raises for that."""
     try:
         return read_metrics(url, (await _get(check_url(url), timeout_s)).text)
-    except httpx.HTTPError as exc:
-        return RouterStatus(url=url, error=str(exc) or type(exc).__name__)
-    except ValueError as exc:
-        return RouterStatus(url=url, error=str(exc))
+    except UNANSWERED as exc:
+        return RouterStatus(url=url, error=_words(exc))
 
 
 async def _get(url: str, timeout_s: float) -> httpx.Response:
-    async with httpx.AsyncClient(trust_env=not is_loopback(url), timeout=timeout_s) as http:
+    """httpx counts each step of an answer for itself; one that drips in would take for ever."""
+    trust_env = not is_loopback(url)
+    async with asyncio.timeout(timeout_s), httpx.AsyncClient(trust_env=trust_env, timeout=timeout_s) as http:
         return await http.get(url)
+
+
+def _words(exc: Exception) -> str:
+    return "no answer in time" if isinstance(exc, TimeoutError) else str(exc) or type(exc).__name__
 
 
 def _samples(families: "dict[str, Metric]", name: str) -> "Iterable[Sample]":

@@ -1,5 +1,7 @@
 """The commands put together, and the entry point."""
 
+import io
+import sys
 from collections.abc import Sequence
 
 import typer
@@ -27,7 +29,12 @@ app.command()(overview.health)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, ``sys.argv`` by default, and return its exit code."""
+    """Run a command, ``sys.argv`` by default, and return its exit code.
+
+    What the encoding of stdout lacks is escaped, as Python itself does on stderr.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(None if arguments is None else list(arguments), prog_name=NAME)
     except SystemExit as exc:

@@ -69,7 +69,7 @@ def read_body(text: str, file: str) -> Work:
     """
     try:
         body = json.loads(text)
-    except json.JSONDecodeError as exc:
+    except (ValueError, RecursionError) as exc:  # no JSON, a number of thousands of digits, nested too deeply
         raise typer.BadParameter(f"{file}: {exc}") from exc
     if not isinstance(body, dict) or not isinstance(body.get("agents"), dict) or not body["agents"]:
         raise typer.BadParameter(f'{file}: must hold an object with "agents" by name (for a text: submit TEXT)')
@@ -88,11 +88,11 @@ def read_text(argument: str | None) -> str:
     """Return a text as given, or stdin for `-` and for none, without its last line break.
 
     Raises:
-        BadParameter: there is none: stdin is a terminal, or no UTF-8.
+        BadParameter: there is none: stdin is a terminal, closed, or no UTF-8.
     """
     if argument is not None and argument != STDIN:
         return argument
-    if argument is None and sys.stdin.isatty():
+    if argument is None and sys.stdin is not None and sys.stdin.isatty():
         raise typer.BadParameter("give a text, - for stdin, or agents")
     return _read_stdin().removesuffix("\n").removesuffix("\r")
 
@@ -134,6 +134,8 @@ def _read_file(file: str) -> str:
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:  # closed by who started the process
+        raise typer.BadParameter("stdin is closed")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as exc:

@@ -53,8 +53,17 @@ class Waiting:
 
 
 def print_json(document: object) -> None:
-    """Print one JSON document."""
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    """Print one JSON document; with escapes where stdout's encoding lacks a character, or it is a lone surrogate."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    print(text if _can_print(text) else json.dumps(document, indent=2))
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")  # None: closed by who started the process
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

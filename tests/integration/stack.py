@@ -21,12 +21,14 @@ Stub: TypeAlias = "pb_grpc.InferenceRouterServiceAsyncStub"
 
 
 class Gate:
-    """Holds the batches of its mocks until the test says so."""
+    """Holds the batches of its mocks until the test says so; `entered` once there is one."""
 
     def __init__(self) -> None:
         self._is_open = asyncio.Event()
+        self.entered = asyncio.Event()
 
     async def sleep(self, _seconds: float) -> None:
+        self.entered.set()
         await self._is_open.wait()
 
     def mock(self) -> MockServer:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
@@ -125,7 +126,7 @@ async def test_a_stream_yields_each_agent_as_it_arrives(held: Stack, gate: Gate)
 async def test_a_stream_that_is_left_takes_its_rows_along(gate: Gate) -> None:
     async with serving(gate.mock(), max_in_flight=1) as stack, AsyncClient(stack.router.address) as client:
         first = asyncio.create_task(client.predict({"ann": ANN}))
-        await stack.mock.wait_for_arrivals(1)
+        await gate.entered.wait()  # before, the router asks the mock about the model, and bob would travel with ann
         async with contextlib.aclosing(client.stream({"bob": BOB, "bad": BAD})) as stream:
             await anext(stream)
             await stack.until_queued(1)
@@ -321,6 +322,38 @@ async def test_status_tells_of_gateway_and_router(client: AsyncClient) -> None:
     assert (status.router.rows, status.router.ready_replicas, status.router.queued_rows) == (2, {"mock": 1}, 0)
 
 
+@contextlib.asynccontextmanager
+async def page_server(part: bytes, *, is_last: bool) -> AsyncIterator[str]:
+    """The URL of a server that answers everything with `part`, once or without end."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + part)
+        while not is_last and not writer.transport.is_closing():
+            writer.write(part)
+            await asyncio.sleep(0.05)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("page", "is_last", "gateway", "router"),
+    [
+        (b"a 1\n", False, "no answer in time", "no answer in time"),  # each part in time, the whole never
+        (b"[" * 200_000, True, "recursion", "Invalid|could not|metric"),
+        (b"router_queued_rows +Inf\n", True, "Expecting value", "infinity"),
+    ],
+)
+async def test_status_tells_of_pages_that_are_none(page: bytes, *, is_last: bool, gateway: str, router: str) -> None:
+    async with page_server(page, is_last=is_last) as url, AsyncClient(gateway=url, metrics=url) as client:
+        status = await client.status(timeout_s=0.3 if not is_last else PATIENCE_S)
+    assert re.search(gateway, status.gateway.error or "")
+    assert re.search(router, status.router.error or "")
+
+
 async def test_status_says_who_is_away() -> None:
     async with AsyncClient(gateway=f"http://{NOBODY}", metrics=f"http://{NOBODY}/metrics") as client:
         status = await client.status()
@@ -361,7 +394,7 @@ async def test_the_words_are_the_same_without_a_loop(stack: Stack, metrics: str,
             client.delete(job)
             assert list(client.jobs()) == []
             assert client.status().router.rows == 2
-            assert "churn" in [model.name for model in client.models()]
+            assert [(model.name, model.is_ready) for model in client.models()] == [("churn", True), ("sentiment", True)]
 
     async with gateway_before(stack, tmp_path) as gateway:
         await in_thread(lambda: work(gateway.url))

@@ -132,7 +132,7 @@ async def test_a_bug_is_a_problem_too(caplog: pytest.LogCaptureFixture) -> None:
     [
         (b"{", {}, 400, "not JSON"),
         (b"{}", {HEADER_LENGTH: "x"}, 400, HEADER_LENGTH),
-        (b"[" * 1_000_000, {}, 400, "nested too deeply"),
+        (b"[" * 100_000, {}, 400, "nested too deeply"),
         (b"{}", {}, 422, "the request has no inputs"),
         (b" " * (8 * 1024 * 1024 + 1), {}, 413, "more than 8,388,608 bytes"),
         (b"{}", {"Content-Encoding": "br"}, 415, "other than gzip and deflate"),

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -46,21 +46,50 @@ def test_an_interrupted_caller_cancels_its_work(loop: BackgroundLoop, monkeypatc
         finally:
             ended.set()
 
-    class Interrupted:
-        """A future whose waiter gets Ctrl-C."""
+    interrupt(monkeypatch, begun)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(hang())
+    assert ended.wait(10)
 
-        def __init__(self, future: object) -> None:
-            self.cancel = future.cancel  # type: ignore[attr-defined]
+
+def test_an_interrupted_iterator_closes_its_source_when_the_step_has_ended(
+    loop: BackgroundLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller saw RuntimeError instead: the generator was closed while its cancelled step was cleaning up."""
+    begun, ended = threading.Event(), threading.Event()
+
+    async def hang() -> AsyncGenerator[int, None]:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+            yield 1
+        finally:
+            for _ in range(10):
+                await asyncio.sleep(0)
+            ended.set()
+
+    interrupt(monkeypatch, begun)
+    with pytest.raises(KeyboardInterrupt):
+        next(loop.iterate(hang()))
+    assert ended.is_set()
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, begun: threading.Event) -> None:
+    """Ctrl-C for the next to wait for the loop, once its work has begun."""
+    submit = asyncio.run_coroutine_threadsafe
+
+    class Interrupted:
+        """A future whose waiter gets it."""
+
+        def __init__(self, work: Coroutine[object, object, object], on: asyncio.AbstractEventLoop) -> None:
+            monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", submit)
+            self.cancel = submit(work, on).cancel
 
         def result(self) -> None:
             assert begun.wait(10)
             raise KeyboardInterrupt
 
-    submit = asyncio.run_coroutine_threadsafe
-    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", lambda work, on: Interrupted(submit(work, on)))
-    with pytest.raises(KeyboardInterrupt):
-        loop.run(hang())
-    assert ended.wait(10)
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", Interrupted)
 
 
 def test_an_iterator_that_is_left_closes_its_source(loop: BackgroundLoop) -> None:

@@ -1,6 +1,7 @@
 """The command line where it needs no server: usage, help, completion, what is loaded."""
 
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -100,6 +101,15 @@ def test_main_returns_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert main(["predict"]) == 2
     capsys.readouterr()
+
+
+def test_what_stdout_cannot_encode_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(["predict", "--help"]) == 0
+    print("größe")
+    stdout.flush()
+    assert stdout.buffer.getvalue().endswith(b"gr\\xf6\\xdfe\n")
 
 
 def test_ctrl_c_is_quiet_while_the_libraries_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,3 +107,16 @@ def test_bytes_that_are_no_text_are_a_usage_error(monkeypatch: pytest.MonkeyPatc
     stdin(monkeypatch, b"\xff")
     with pytest.raises(typer.BadParameter, match="stdin"):
         read_text("-")
+
+
+def test_a_closed_stdin_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    for argument in (None, "-"):
+        with pytest.raises(typer.BadParameter, match="stdin is closed"):
+            read_text(argument)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, f'{{"agents": {"1" * 5000}}}'])
+def test_json_that_python_does_not_read_is_a_usage_error(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match=r"body\.json: "):
+        read_body(text, "body.json")

@@ -1,13 +1,15 @@
 """What a user sees."""
 
+import io
 import json
 import struct
+import sys
 from math import inf, nan
 
 import pytest
 
 from router_client import AgentError, AgentResult, Explanation, ResourceExhausted, Results
-from router_client.cli.output import complain, print_members, print_table, result_line, results_document
+from router_client.cli.output import complain, print_json, print_members, print_table, result_line, results_document
 
 WHY = Explanation(queued_s=0.0021, backend_s=4.5, batch_id="b", batch_rows=2, replica="10.0.0.5:8001", attempts=1)
 REFUSED = AgentResult([], AgentError("RESOURCE_EXHAUSTED", "too\nmuch", 1500))
@@ -21,6 +23,15 @@ def float32(value: float) -> float:
 def test_a_float32_is_told_in_as_few_digits_as_tell_it_apart() -> None:
     values = [float32(value) for value in (0.14228487, 1.0, -2.5e-10, 16777217, 3.4028235e38)]
     assert result_line("ann", AgentResult(values)) == "ann: 0.14228487, 1, -2.5e-10, 16777216, 3.4028235e+38"
+
+
+@pytest.mark.parametrize(("encoding", "text"), [("ascii", "größe ✓"), ("utf-8", "\ud800")])
+def test_json_is_whole_on_any_stdout(encoding: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    print_json({text: 1})
+    stdout.flush()
+    assert json.loads(stdout.buffer.getvalue()) == {text: 1}
 
 
 def test_a_line_tells_an_error_or_where_the_time_went() -> None:

@@ -17,7 +17,7 @@ from router_client import (
     RouterError,
     Unavailable,
 )
-from router_client.gateway import Gateway, Request, check_url, is_loopback, problem_of
+from router_client.gateway import Closed, Gateway, Request, check_url, is_loopback, problem_of
 from router_client.retry import RetryPolicy
 
 pytestmark = pytest.mark.anyio
@@ -136,14 +136,57 @@ def test_a_status_alone_tells_the_class(status: int, kind: type[RouterError], co
     assert (error.code, error.message.startswith(f"HTTP {status}")) == (code, True)
 
 
-@pytest.mark.parametrize("document", [[], {"detail": None}, {"errors": [1]}, {"errors": {"ann": {}}}])
-def test_a_strange_problem_is_a_problem_all_the_same(document: object) -> None:
-    assert problem_of(httpx.Response(404, json=document)).message == "HTTP 404 Not Found"
+ENDLESS = '{"errors": {"ann": {"code": "X", "detail": "", "retry_after_s": %s}}}'
+
+
+@pytest.mark.parametrize(
+    "document",
+    ["[]", '{"detail": null}', '{"errors": [1]}', '{"errors": {"ann": {}}}', ENDLESS % "Infinity", ENDLESS % "NaN"],
+)
+def test_a_strange_problem_is_a_problem_all_the_same(document: str) -> None:
+    assert problem_of(httpx.Response(404, text=document)).message == "HTTP 404 Not Found"
 
 
 async def test_a_page_that_is_no_json_is_no_gateway() -> None:
     with pytest.raises(Internal, match="is that a gateway"):
         await ask(Script(httpx.Response(200, text="<html>")))
+
+
+@pytest.mark.parametrize("status", [200, 500])
+async def test_json_that_no_parser_reads_is_none(status: int) -> None:
+    with pytest.raises(Internal):
+        await ask(Script(httpx.Response(status, content=b"[" * 200_000)))
+
+
+async def test_a_time_to_come_back_beyond_all_calendars_is_none() -> None:
+    with pytest.raises(Unavailable) as caught:
+        await ask(Script(*[httpx.Response(503, headers={"Retry-After": "9" * 400})] * 3))
+    assert caught.value.retry_after_s is None
+
+
+class Hanging(httpx.AsyncBaseTransport):
+    """Answers nothing; what is open fails when it is closed, as connections do."""
+
+    def __init__(self) -> None:
+        self._closed = asyncio.Event()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        await self._closed.wait()
+        raise lost()
+
+    async def aclose(self) -> None:
+        self._closed.set()
+
+
+async def test_what_is_open_when_the_client_is_closed_is_unavailable_and_not_asked_again() -> None:
+    """It was asked again, by httpx's own RuntimeError."""
+    gateway = Gateway("http://gw:1/", RetryPolicy(2), transport=Hanging())
+    waiting = [asyncio.create_task(gateway.ask(request, timeout_s=10)) for request in (GET, ONCE)]
+    await asyncio.sleep(1)
+    await gateway.aclose()
+    for error in await asyncio.gather(*waiting, gateway.ask(GET, timeout_s=10), return_exceptions=True):
+        assert isinstance(error, Closed)
+    assert asyncio.get_running_loop().time() == 1
 
 
 async def test_what_json_cannot_hold_is_not_sent() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from router_client import Agent, DeadlineExceeded, Internal, InvalidArgument, Job, ModelFailed, NotFound, Unavailable
-from router_client.gateway import Request
+from router_client.gateway import Closed, Request
 from router_client.job_api import AWAY_S, HOLD_S, LOOK_S, MIN_GAP_S, JobApi
 from router_client.retry import RetryPolicy
 
@@ -131,6 +131,13 @@ async def test_a_page_is_read_when_it_is_needed() -> None:
     await pages.aclose()
 
 
+async def test_pages_that_lead_in_a_circle_are_left() -> None:
+    jobs, gateway = api((0, page([2], "a")), (0, page([], "b")), (0, page([1], "a")))
+    with pytest.raises(Internal, match="in a circle"):
+        [seen async for seen in jobs.pages(None, None, None)]
+    assert len(gateway.requests) == 3
+
+
 async def test_what_is_no_page_is_said_to_be_none() -> None:
     jobs, _ = api((0, {"jobs": None}))
     with pytest.raises(Internal):
@@ -171,6 +178,20 @@ async def test_a_gateway_that_restarts_is_waited_for() -> None:
     jobs, gateway = api((10, job()), (0, away), (0, ModelFailed("a proxy's")), (0, back_soon), (5, job("failed")))
     assert (await jobs.wait("1", timeout_s=None)).status == "failed"
     assert gateway.asked_at == pytest.approx([0, 10, 10.2, 10.6, 12.6])
+
+
+async def test_one_that_wants_to_be_left_alone_for_a_day_is_asked_each_minute_and_given_up() -> None:
+    jobs, gateway = api((0, Unavailable("", retry_after_s=86_400.0)))
+    with pytest.raises(Unavailable):
+        await jobs.wait("1", timeout_s=None)
+    assert gateway.asked_at == [0, 60]
+
+
+async def test_a_wait_ends_with_its_client() -> None:
+    jobs, gateway = api((0, Closed("the client was closed")))
+    with pytest.raises(Unavailable):
+        await jobs.wait("1", timeout_s=None)
+    assert gateway.asked_at == [0]
 
 
 @pytest.mark.parametrize(("steps", "gives_up"), [(AWAY_S - 1, False), (AWAY_S, True)])
