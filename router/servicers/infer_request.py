@@ -137,14 +137,14 @@ class InferRequest:
         self._rows, head = rows, rows.head
         self._message.let_go()
         terms = self._terms(arrival, head.timeout_s, is_batch_class=head.is_batch_class)
-        if terms.timeout_s <= 0:
-            raise DeadlineExceeded("the deadline had passed when the request arrived")
         call = self._open(head.rows, terms)
         around.plane.infer(call, [rows.to_block(terms, call)])
 
     def _terms(self, arrival: Arrival, asked_s: float | None, *, is_batch_class: bool) -> convert.Terms:
         around = self._around
         timeout_s = convert.timeout_s(asked_s, arrival.rpc_s, around.settings)
+        if timeout_s <= 0:
+            raise DeadlineExceeded("the deadline had passed when the request arrived")
         return convert.Terms(arrival.at, timeout_s, around.tenants.of_call("", arrival.tenant), is_batch_class)
 
     def _open(self, rows: int, terms: convert.Terms) -> Call:
@@ -173,7 +173,8 @@ class InferRequest:
         except RouterError as error:
             self._learning = None
             self._around.plane.count_refusal(error, 1)
-            self._end(error)
+            is_late = isinstance(error, DeadlineExceeded)  # of what was left of its time when it began to wait
+            self._end(DeadlineExceeded(f"no answer within {terms.timeout_s:g} s") if is_late else error)
             return
         self._learning = None
         if self._arrival is not None:

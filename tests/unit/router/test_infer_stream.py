@@ -331,9 +331,18 @@ async def test_its_time_runs_while_it_waits_for_the_backend_to_tell() -> None:
     async with running(learn_s=3) as one:
         one.client.send(request("x", 1, timeout_s=2), request("y", 1, timeout_s=3.05))
         await seconds(2.5)
-        assert one.client.errors == ["[request id: x] nobody told of the model in time"]
+        assert one.client.errors == ["[request id: x] no answer within 2 s"]
         await seconds(1)
         assert one.client.errors[1:] == ["[request id: y] no answer within 3.05 s"]
+
+
+async def test_a_request_that_comes_too_late_for_its_stream_asks_for_no_model() -> None:
+    """Bug: it waited for its model first, and was told that there was no answer within -1 s."""
+    async with running(rpc_s=1, learn_s=3) as one:
+        await seconds(2)
+        one.client.send(request("x", 1))
+        await seconds(0.1)
+        assert one.client.errors == ["[request id: x] the deadline had passed when the request arrived"]
 
 
 async def test_a_request_that_was_taken_before_the_router_left_is_answered_once_its_model_is_known() -> None:
