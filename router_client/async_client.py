@@ -34,7 +34,7 @@ class AsyncClient:
         router: gRPC target of the router; `predict`, `stream` and `models` go there.
         gateway: URL of the REST gateway; all about jobs goes there, and `status`.
         metrics: URL of the router's metrics, for `status`.
-        tenant: on whose account everything counts, where the servers trust their callers to say so.
+        tenant: on whose account everything counts, where the servers trust their callers to say so; printable ASCII.
         retries: how often a request that is pushed back is sent again at most; 0: never.
         router_wait_s: seconds that a call waits for a router that is away.
         gateway_timeout_s: seconds that a request to the gateway may take, all attempts together; waits take longer.
@@ -43,7 +43,7 @@ class AsyncClient:
     A cancelled caller leaves nothing behind but jobs: the router is told.
 
     Raises:
-        InvalidArgument: ``gateway`` or ``metrics`` is no URL.
+        InvalidArgument: ``gateway`` or ``metrics`` is no URL, or ``tenant`` is not printable ASCII.
     """
 
     def __init__(
@@ -58,6 +58,8 @@ class AsyncClient:
         gateway_timeout_s: float = 10.0,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        if not (tenant.isascii() and tenant.isprintable()):  # no header could carry it
+            raise InvalidArgument(f"tenant {tenant!r} is not printable ASCII")
         self._router_target = router
         self._gateway_url = check_url(gateway)
         self._metrics_url = check_url(metrics)

@@ -5,6 +5,7 @@ ready is 503 (Triton says 400, KServe 503), and faults inside a request's tensor
 (Triton: 400), a body that cannot be read 400. Errors are problem documents whose member `error` those clients read.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias, TypeVar
 
@@ -30,13 +31,15 @@ from rest_gateway.routes.negotiation import MEDIA_TYPES, decode_content, read_bo
 from rest_gateway.routes.open_inference_paths import Question, read_path
 from rest_gateway.routes.record import record_of
 from rest_gateway.schemas import json_text
-from rest_gateway.schemas.open_inference import parse_index_request, parse_infer
+from rest_gateway.schemas.open_inference import InferCall, parse_index_request, parse_infer
 from rest_gateway.schemas.openapi_jobs import Operation
 from rest_gateway.schemas.openapi_open_inference import OPERATIONS
 from router_client import InferError
 
 BINARY_TYPE = "application/octet-stream"
 HEADER_LENGTH = "inference-header-content-length"
+# Of a body that is read on the loop; what is larger takes a tenth of a second or more, and others wait meanwhile.
+LARGE_BODY_BYTES = 1_048_576
 # A question to the router; it may have to ask its model servers first.
 QUESTION_TIMEOUT_S = 10.0
 T = TypeVar("T")
@@ -50,6 +53,8 @@ class OpenInferenceRoutes:
         self._router = router
         self._settings = settings
         self._open_requests = open_requests
+        # Held while a large body is read, in a thread: one at a time, since each may become half a gigabyte of objects.
+        self._reads_large = asyncio.Lock()
         self._endpoints: dict[Question, tuple[tuple[str, ...], Endpoint]] = {
             "server_metadata": (("GET", "HEAD"), self.server_metadata),
             "server_live": (("GET", "HEAD"), self.server_live),
@@ -123,7 +128,7 @@ class OpenInferenceRoutes:
         name, version = _model_of(request)
         with self._open_requests.open() as lifetime:
             body = decode_content(request.headers, await read_body(request, limit), limit)
-            call = parse_infer(body, request.headers.get(HEADER_LENGTH))
+            call = await self._read(body, request.headers.get(HEADER_LENGTH))
             message = to_request(call, name, version)
             del body
             lifetime.watch(request.receive)
@@ -131,6 +136,12 @@ class OpenInferenceRoutes:
                 message, timeout_s=call.timeout_s, tenant=tenant, request_id=record_of(request.scope).request_id
             )
         return _reply(to_reply(response, call))
+
+    async def _read(self, body: bytes, header_length: str | None) -> InferCall:
+        if len(body) <= LARGE_BODY_BYTES:
+            return parse_infer(body, header_length)
+        async with self._reads_large:
+            return await asyncio.to_thread(parse_infer, body, header_length)
 
     async def server_live(self, _request: Request) -> Response:
         """Says that the gateway's event loop turns."""

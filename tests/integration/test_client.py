@@ -157,6 +157,12 @@ async def test_a_time_that_is_none_is_the_callers_mistake(timeout_s: float) -> N
             await client.predict({"ann": ANN}, priority="high")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("tenant", ["größe", "a\nb"])
+async def test_a_tenant_that_no_header_carries_is_the_callers_mistake(tenant: str) -> None:
+    with pytest.raises(InvalidArgument, match="is not printable ASCII"):
+        AsyncClient(tenant=tenant)
+
+
 def busy(refusals: int, pushback_ms: int) -> Callable[[pb.Call], Iterable[pb.Answer]]:
     """A router that pushes the first calls back, and echoes the others."""
     left = [refusals]

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import logging
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,9 @@ import pytest
 from mock_nn.models import expected
 from protos.open_inference import open_inference_pb2 as oip
 from rest_gateway.config import Settings
+from rest_gateway.routes import open_inference as routes
 from rest_gateway.schemas import openapi, openapi_open_inference
+from rest_gateway.schemas.open_inference import InferCall, parse_infer
 from router_client import InferError
 from tests.unit.rest_gateway.fake_router import FakeRouter, infer_failure
 from tests.unit.rest_gateway.test_app import client_of, parts_of
@@ -78,6 +81,30 @@ async def test_bytes_in_and_bytes_out_whatever_the_content_type(content_type: st
     (output,) = json.loads(response.content[:end])["outputs"]
     assert output == {"name": "x", "datatype": "FP32", "shape": [1, 2], "parameters": {"binary_data_size": 8}}
     assert response.content[end:] == RAW
+
+
+async def test_large_bodies_are_read_beside_the_loop_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four million numbers, the last of them bad, held everybody up for more than a second."""
+    threads: list[str] = []
+    under_way: list[None] = []
+
+    def parse(body: bytes, header_length: str | None) -> InferCall:
+        threads.append(threading.current_thread().name)
+        under_way.append(None)
+        assert len(under_way) == 1
+        call = parse_infer(body, header_length)
+        under_way.pop()
+        return call
+
+    monkeypatch.setattr(routes, "parse_infer", parse)
+    text = json.dumps(ROW).encode()
+    async with client_of(FakeRouter()) as client:
+        for size in (routes.LARGE_BODY_BYTES, routes.LARGE_BODY_BYTES + 1):
+            content = text.ljust(size)
+            answers = await asyncio.gather(*(client.post(INFER, content=content) for _ in range(2)))
+            assert [answer.status_code for answer in answers] == [200, 200]
+    here = threading.current_thread().name
+    assert [name == here for name in threads] == [True, True, False, False]
 
 
 async def test_what_the_request_says_reaches_the_router() -> None:
