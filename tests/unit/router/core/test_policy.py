@@ -84,12 +84,21 @@ def test_a_busy_model_or_a_full_batch_does_not_wait_for_a_burst(seen: View) -> N
     assert measured(WorkConserving(0.002), 5.0).hold(seen, now=0.0) is None
 
 
-def test_dense_arrivals_gather_until_the_oldest_is_two_milliseconds_old() -> None:
-    policy = dense(WorkConserving(0.01), now=10.0, blocks_per_s=550)
+def test_dense_arrivals_gather_until_the_oldest_is_as_old_as_rows_may_get() -> None:
+    policy = dense(WorkConserving(0.002), now=10.0, blocks_per_s=550)
     company = view(oldest_at=10.0, blocks=2, back_at=(20.0,))
     assert policy.hold(company, now=10.0) == Hold(10.002)
     assert policy.hold(company, now=math.nextafter(10.002, 0)) is not None
     assert policy.hold(company, now=10.002) is None
+
+
+@pytest.mark.parametrize(("max_queue_delay_s", "gathers_s"), [(0.003, 0.003), (0.005, 0.005), (0.05, 0.005)])
+def test_who_may_wait_longer_gathers_for_five_milliseconds_at_most(max_queue_delay_s: float, gathers_s: float) -> None:
+    company = view(oldest_at=10.0, blocks=2)
+    assert dense(WorkConserving(max_queue_delay_s), now=10.0, blocks_per_s=550).hold(company, now=10.0) == Hold(
+        10.0 + gathers_s
+    )
+    assert dense(WorkConserving(max_queue_delay_s), now=10.0, blocks_per_s=450).hold(company, now=10.0) is None
 
 
 def test_gathering_needs_company_in_the_queue_or_in_flight() -> None:
@@ -205,10 +214,10 @@ def test_a_policy_without_the_hold_does_not_wait_for_callers() -> None:
 
 
 def test_rows_go_when_no_hold_applies_any_more() -> None:
-    """Gathered for 2 ms, then held for a burst until 0.1 s."""
+    """Gathered for 5 ms, then held for a burst until 0.1 s."""
     policy = dense(measured(WorkConserving(1.0), 5.0), now=10.0, blocks_per_s=5000)
-    assert policy.hold(view(oldest_at=10.0, blocks=2), now=10.0) == Hold(10.002)
-    assert policy.hold(view(oldest_at=10.0, blocks=2), now=10.002) == Hold(10.1, lapses_with_slots=True)
+    assert policy.hold(view(oldest_at=10.0, blocks=2), now=10.0) == Hold(10.005)
+    assert policy.hold(view(oldest_at=10.0, blocks=2), now=10.005) == Hold(10.1, lapses_with_slots=True)
     assert policy.hold(view(oldest_at=10.0, blocks=2), now=10.1) is None
 
 
