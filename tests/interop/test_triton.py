@@ -1,6 +1,7 @@
 """A real Triton behind the router, as backend of streams and of calls."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -176,10 +177,15 @@ async def test_a_model_that_is_unloaded_is_not_ready(client: Client, triton: Cli
     assert {entry["name"]: entry["state"] for entry in index}["scale"] == "READY"
 
 
+# What callers may be told while the only server stops and starts.
+GONE = ("StatusCode.NOT_FOUND", "StatusCode.UNAVAILABLE")
+
+
 async def test_callers_outlive_a_triton_that_is_started_again(
     client: Client, served: Served, record_property: Callable[[str, object], None]
 ) -> None:
-    """It goes while they ask. Its last words are that it has no model; else whoever asked in between has waited.
+    """It goes while they ask. Who has heard three times that it stops is told UNAVAILABLE, which clients try again, and
+    its last words are that it has no model; else whoever asked in between has waited.
 
     The new one keeps its index to itself, as PyTriton does by default.
     """
@@ -195,9 +201,9 @@ async def test_callers_outlive_a_triton_that_is_started_again(
             try:
                 outputs = (await ask.infer(scaled(PROTOCOLS[number % 2], given))).outputs
             except InferenceServerException as error:
-                if is_last or error.status() != "StatusCode.NOT_FOUND":
+                if is_last or error.status() not in GONE:
                     raise
-                told.append("NOT_FOUND")
+                told.append(error.status())
                 await until_served(ask)
             else:
                 assert outputs["scores"].tobytes() == (2 * given).tobytes()
@@ -211,7 +217,8 @@ async def test_callers_outlive_a_triton_that_is_started_again(
     is_back.set()
     await asyncio.gather(*callers)
     assert told[while_it_stopped:].count("answered") >= len(callers)
-    record_property(NOTE, f"restart: {told.count('answered')} answered, {told.count('NOT_FOUND')} told NOT_FOUND")
+    counts = ", ".join(f"{count} {what}" for what, count in sorted(Counter(told).items()))
+    record_property(NOTE, f"restart: {counts}")
 
 
 async def until_served(ask: GrpcAio) -> None:
@@ -226,7 +233,7 @@ async def is_unknown(ask: GrpcAio, protocol: str) -> bool:
     try:
         await ask.infer(scaled(protocol, vectors(1, dim=4)))
     except InferenceServerException as error:
-        if error.status() != "StatusCode.NOT_FOUND":
+        if error.status() not in GONE:
             raise
         return True
     return False
