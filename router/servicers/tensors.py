@@ -60,42 +60,10 @@ class Rows:
         """All of them as one block."""
         head = self.head
         key = head.target.key
-        arrived_at, deadline, tenant, is_batch_class = (
-            terms.arrived_at,
-            terms.deadline,
-            terms.tenant,
-            terms.is_batch_class,
-        )
-        if key.is_variable:
-            return VariableBlock(
-                key,
-                0,
-                0,
-                head.rows,
-                self.inputs,
-                key.row_bytes,
-                arrived_at,
-                deadline,
-                recipient,
-                tenant,
-                is_batch_class,
-                head.asked,
-                self.offsets,
-            )
-        return Block(
-            key,
-            0,
-            0,
-            head.rows,
-            self.inputs,
-            key.row_bytes,
-            arrived_at,
-            deadline,
-            recipient,
-            tenant,
-            is_batch_class,
-            head.asked,
-        )
+        times = terms.arrived_at, terms.deadline
+        whose = terms.tenant, terms.is_batch_class
+        given = key, 0, 0, head.rows, self.inputs, key.row_bytes, *times, recipient, *whose, head.asked
+        return VariableBlock(*given, self.offsets) if key.is_variable else Block(*given)
 
 
 def read(message: Message, heads: Heads, longest_id: int) -> Rows:
