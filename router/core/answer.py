@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from router.core.batch import check, wanted_outputs
-from router.core.types import Batch, BatchAnswer, Outputs, Tensor
+from router.core.types import NUMPY_TYPES, Batch, BatchAnswer, Outputs, Tensor
 from router.errors import Malformed
 
 ROW_ERRORS = "row_errors"
@@ -23,7 +23,7 @@ MODEL_TEXT_MAX = 1000
 _MODEL_TEXT_END = 600
 _CUT = " ... "
 
-_FLOATS: dict[str, str] = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
+_FLOATS = {name: NUMPY_TYPES[name] for name in ("FP16", "FP32", "FP64")}
 
 
 def read_answer(

@@ -39,6 +39,21 @@ ITEM_SIZE = {
     "FP32": 4,
     "FP64": 8,
 }
+# And what numpy calls those it knows.
+NUMPY_TYPES = {
+    "BOOL": "?",
+    "UINT8": "u1",
+    "UINT16": "<u2",
+    "UINT32": "<u4",
+    "UINT64": "<u8",
+    "INT8": "i1",
+    "INT16": "<i2",
+    "INT32": "<i4",
+    "INT64": "<i8",
+    "FP16": "<f2",
+    "FP32": "<f4",
+    "FP64": "<f8",
+}
 
 
 @dataclass(frozen=True, slots=True)

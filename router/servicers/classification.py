@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from router.core.elements import LENGTH
-from router.core.types import BYTES, Tensor
+from router.core.types import BYTES, NUMPY_TYPES, Tensor
 from router.errors import InvalidArgument
 
 # Elements told in one output: each is a text, and the others wait meanwhile.
@@ -19,18 +19,8 @@ MAX_CLASSES = 131_072
 # Elements looked at for that, 0.02 µs each.
 MAX_VALUES = 4_194_304
 
-_TYPES = {
-    "UINT8": "u1",
-    "UINT16": "<u2",
-    "UINT32": "<u4",
-    "UINT64": "<u8",
-    "INT8": "i1",
-    "INT16": "<i2",
-    "INT32": "<i4",
-    "INT64": "<i8",
-    "FP32": "<f4",
-    "FP64": "<f8",
-}
+# Triton classifies neither.
+_TYPES = {name: numpy_type for name, numpy_type in NUMPY_TYPES.items() if name not in ("BOOL", "FP16")}
 
 
 def classify(tensor: Tensor, classes: int, *, is_batched: bool) -> Tensor:

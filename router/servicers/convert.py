@@ -15,7 +15,7 @@ import numpy.typing as npt
 from protos.inference_router.v1 import inference_router_pb2 as pb
 from router.config import LimitSettings, Settings
 from router.core.batch import partition
-from router.core.types import DEFAULT_TENANT, BatchAnswer, BatchKey, Block, Part, Recipient, Tensor
+from router.core.types import DEFAULT_TENANT, NUMPY_TYPES, BatchAnswer, BatchKey, Block, Part, Recipient, Tensor
 from router.errors import InvalidArgument, ModelFailed, RouterError
 from router.models import Models, Unlearned
 
@@ -27,19 +27,6 @@ FLOAT32 = np.dtype("<f4")
 FloatArray = npt.NDArray[np.float32]
 
 _CLASSES = frozenset(pb.PriorityClass.values())
-_CASTABLE = {
-    "BOOL": np.dtype("?"),
-    "UINT8": np.dtype("u1"),
-    "UINT16": np.dtype("<u2"),
-    "UINT32": np.dtype("<u4"),
-    "UINT64": np.dtype("<u8"),
-    "INT8": np.dtype("i1"),
-    "INT16": np.dtype("<i2"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "FP16": np.dtype("<f2"),
-    "FP64": np.dtype("<f8"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +256,7 @@ def read_rows(
     if route.datatype == "FP32":
         return vectors, finite_runs(vectors, rows, dim, most_bad)
     with np.errstate(over="ignore"):  # told row by row
-        sent = np.frombuffer(vectors, FLOAT32).astype(_CASTABLE[route.datatype])
+        sent = np.frombuffer(vectors, FLOAT32).astype(NUMPY_TYPES[route.datatype])
     return sent.tobytes(), finite_runs(vectors, rows, dim, most_bad, sent)
 
 
@@ -376,10 +363,10 @@ class VectorOutputs:
 def _to_float32(tensor: Tensor) -> bytes:
     if tensor.datatype == "FP32":
         return tensor.data
-    if tensor.datatype not in _CASTABLE:
+    if tensor.datatype not in NUMPY_TYPES:
         raise ModelFailed(f"the model's output {tensor.name!r} is {tensor.datatype}, which has no form as floats")
     with np.errstate(over="ignore"):  # an FP64 beyond a float32 is infinite to a native caller
-        return np.frombuffer(tensor.data, _CASTABLE[tensor.datatype]).astype(FLOAT32).tobytes()
+        return np.frombuffer(tensor.data, NUMPY_TYPES[tensor.datatype]).astype(FLOAT32).tobytes()
 
 
 def _choose(outputs: Sequence[Tensor], name: str | None) -> Tensor:
